@@ -1,0 +1,92 @@
+"""Writing to disk so that a kill leaves the old state or the new one, never a mixture; and naming what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Force a directory's entries to the disk; a no-op where directories cannot be opened (Windows)."""
+    if os.name == "nt":  # pragma: no cover
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically: aside, synced, then renamed over the old one."""
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, sort_keys=True, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of ``path`` when the block ends without an error.
+
+    The new directory is synced before it is renamed into place. POSIX cannot swap two non-empty directories in one
+    step, so an old directory is moved aside first and deleted last; a kill between the two renames leaves the old
+    one whole under ``.<name>.old-*``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
+    try:
+        yield fresh
+        for entry in sorted(fresh.rglob("*")):
+            fsync_directory(entry) if entry.is_dir() else fsync_file(entry)
+        fsync_directory(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    os.chmod(fresh, 0o755)
+    if path.exists():
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+        os.replace(path, aside)
+        os.replace(fresh, path)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(fresh, path)
+    fsync_directory(path.parent)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Name a set of tensors by content: 32 hex digits over names, dtypes, shapes and bytes, in name order."""
+    import torch
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
