@@ -1,1 +1,28 @@
-"""data."""
+"""Image-text samples: reading them, writing them as prompts, and collating them. No network."""
+
+from tinyalign.data.collate import ImageTextProcessor, LengthReport, LlavaCollator
+from tinyalign.data.digits import DigitScenes, Scene
+from tinyalign.data.llava import LlavaDataset
+from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer
+from tinyalign.data.records import IMAGE_PLACEHOLDER, Sample, Turn, load_image, stable_id
+from tinyalign.data.tokens import EncodedText, encode_text
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "ChatRenderer",
+    "DigitScenes",
+    "EncodedText",
+    "ImageTextProcessor",
+    "LengthReport",
+    "LlavaCollator",
+    "LlavaDataset",
+    "PlainRenderer",
+    "Rendered",
+    "Renderer",
+    "Sample",
+    "Scene",
+    "Turn",
+    "encode_text",
+    "load_image",
+    "stable_id",
+]
