@@ -1,0 +1,214 @@
+"""The LLM-free training objective: what its losses mean, and that it teaches the latents both modalities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+
+SIZES = PerceiverSizes(token_dim=32, num_latents=4, latent_dim=32, num_self_attends=1, num_heads=4)
+
+
+def build(seed=0, text_dim=None, **arguments):
+    compressor = PerceiverCompressor(12, vocab_size=30, text_dim=text_dim, sizes=SIZES, seed=seed)
+    return PerceiverPretrainer(compressor, hidden_dim=32, seed=seed, **arguments)
+
+
+def example(batch=8, patches=9, words=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, patches, 12, generator=generator),
+        torch.randint(1, 30, (batch, words), generator=generator),
+    )
+
+
+def test_losses_are_the_errors_of_the_decoder_by_hand():
+    pretrainer = build().eval()
+    image, text = example(2)
+    pretrainer.compressor.fit_image_scale(image)
+    image_mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+    text_mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    out = pretrainer(image, text, image_mask, text_mask)
+    latents = pretrainer.compressor(image, text, image_mask, text_mask)
+    errors, nll = [], []
+    for row in range(2):
+        for place in range(9):
+            if image_mask[row, place]:
+                guess = pretrainer.image_reader(latents[row : row + 1], torch.tensor([[place]]))[0, 0]
+                target = (image[row, place] - pretrainer.compressor.image_mean) * pretrainer.compressor.image_scale
+                errors.append(((guess - target) ** 2).mean())
+        for place in range(6):
+            if text_mask[row, place]:
+                read = pretrainer.text_reader(latents[row : row + 1], torch.tensor([[place]]))[0, 0]
+                logits = pretrainer.compressor.text_embedding.weight @ read / math.sqrt(32)
+                nll.append(-logits.log_softmax(0)[text[row, place]])
+    torch.testing.assert_close(out.image_loss, torch.stack(errors).mean())
+    torch.testing.assert_close(out.text_loss, torch.stack(nll).mean())
+    torch.testing.assert_close(out.loss, out.image_loss + out.text_loss)
+    assert out.contrastive_loss == 0
+
+
+def test_weights_scale_the_parts_and_zero_leaves_them_out():
+    image, text = example()
+    out = build(image_weight=0.0, text_weight=3.0).eval()(image, text)
+    assert out.image_loss == 0
+    torch.testing.assert_close(out.loss, 3.0 * out.text_loss)
+    out = build(text_weight=0.0, contrastive_weight=2.0).eval()(image, text)
+    assert out.text_loss == 0
+    torch.testing.assert_close(out.loss, out.image_loss + 2.0 * out.contrastive_loss)
+
+
+def test_padding_and_batch_mates_do_not_enter_the_loss():
+    pretrainer = build(contrastive_weight=1.0).eval()
+    image, text = example()
+    expected = pretrainer(image, text)
+    padded_image = torch.cat((image, torch.full((8, 3, 12), float("nan"))), 1)
+    padded_text = torch.cat((text, torch.full((8, 2), -100)), 1)
+    image_mask, text_mask = (torch.arange(12) < 9).expand(8, -1), (torch.arange(8) < 6).expand(8, -1)
+    got = pretrainer(padded_image, padded_text, image_mask, text_mask)
+    for before, after in zip(expected, got, strict=True):
+        torch.testing.assert_close(after, before)
+
+
+def test_rows_without_caption_count_for_the_image_only():
+    pretrainer = build(contrastive_weight=1.0).eval()
+    image, text = example()
+    text_mask = torch.ones(8, 6, dtype=torch.bool)
+    text_mask[3] = False
+    out = pretrainer(image, text, None, text_mask)
+    kept = [row for row in range(8) if row != 3]
+    torch.testing.assert_close(out.text_loss, pretrainer(image[kept], text[kept]).text_loss)
+    torch.testing.assert_close(out.contrastive_loss, pretrainer(image[kept], text[kept]).contrastive_loss)
+    assert pretrainer(image, text, None, torch.zeros_like(text_mask)).loss.isfinite()
+    assert pretrainer(image).text_loss == 0
+
+
+def test_gradients_reach_every_weight():
+    pretrainer = build(contrastive_weight=1.0)
+    pretrainer(*example()).loss.backward()
+    unreached = [name for name, weight in pretrainer.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # A key's bias adds the same to every score of a query, and a softmax does not see it.
+    assert [name for name in unreached if not name.endswith("key.bias")] == []
+
+
+def train(pretrainer, steps, seed=0, rate=3e-3):
+    """Images and captions that are unrelated, so that neither can be guessed from the other."""
+    optimiser = torch.optim.AdamW(pretrainer.parameters(), lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(3, 9 * 12, generator=generator)
+    scenes = (torch.randn(256, 3, generator=generator) @ basis).view(256, 9, 12)
+    captions = torch.randint(1, 30, (256, 6), generator=generator)
+    for _ in range(steps):
+        rows = torch.randint(0, 192, (32,), generator=generator)
+        loss = pretrainer(scenes[rows], captions[rows], generator=generator).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    pretrainer.eval()
+    with torch.no_grad():
+        return pretrainer(scenes[192:], captions[192:]), (scenes[192:], captions[192:])
+
+
+def test_training_makes_the_latents_carry_image_and_caption():
+    pretrainer = build()
+    with torch.no_grad():
+        before = pretrainer.eval()(*example())
+    pretrainer.train()
+    after, _ = train(pretrainer, 250)
+    assert before.text_loss > 3.0  # ln 29 = 3.4 for who knows nothing
+    assert (
+        after.text_loss < 1.7
+    )  # half of it, on held-out captions of independent random words: only the latents can tell
+    assert after.image_loss < 0.5  # 1 for who knows only the mean
+
+
+def test_equal_seeds_train_to_equal_weights():
+    one, same, other = build(1), build(1), build(2)
+    for pretrainer in (one, same, other):
+        train(pretrainer, 3)
+    assert one.compressor.fingerprint() == same.compressor.fingerprint() != other.compressor.fingerprint()
+
+
+def test_caption_dropout_hides_the_caption_from_the_compressor_but_still_asks_for_it():
+    image, text = example(64)
+    seen = []
+    pretrainer = build(caption_dropout=0.5)
+    pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[3]))
+    out = pretrainer(image, text, generator=torch.Generator().manual_seed(0))
+    hidden = ~seen[0].any(1)
+    assert 16 < hidden.sum() < 48
+    assert (seen[0].all(1) | hidden).all()
+    assert out.text_loss > 0
+    pretrainer.eval()(image, text)
+    assert seen[1].all()
+    other = build(caption_dropout=0.5)(image, text, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(out.loss, other.loss)
+
+
+def test_a_sample_of_patches_estimates_the_whole_loss():
+    image, text = example(64, 36)
+    whole = build()
+    sampled = build(num_patches=4)
+    expected = whole(image, text).image_loss
+    draws = torch.stack([sampled(image, text).image_loss.detach() for _ in range(20)])
+    assert len(draws.unique()) > 10
+    # 20 draws of 256 patches each: the standard error of the mean is below 1 % of the loss.
+    assert abs(draws.mean() / expected - 1) < 0.03
+    torch.testing.assert_close(sampled.eval()(image, text).image_loss, whole.eval()(image, text).image_loss)
+
+
+def test_contrastive_views_learn_to_find_each_other():
+    pretrainer = build(image_weight=0.0, text_weight=0.0, contrastive_weight=1.0)
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(29, 9, 12, generator=generator)
+    optimiser = torch.optim.AdamW(pretrainer.parameters(), lr=3e-3)
+
+    def batch(size):
+        kind = torch.randperm(29, generator=generator)[:size]
+        return kinds[kind] + 0.1 * torch.randn(size, 9, 12, generator=generator), (kind + 1)[:, None].expand(-1, 6)
+
+    for _ in range(150):
+        loss = pretrainer(*batch(16)).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        assert pretrainer.eval()(*batch(16)).contrastive_loss < 0.5 * math.log(16)
+
+
+def test_text_embeddings_are_reconstructed_too():
+    pretrainer = build(text_dim=10)
+    image, text = torch.randn(4, 9, 12), torch.randn(4, 6, 10) * 5 + 2
+    out = pretrainer(image, text)
+    out.loss.backward()
+    normal = (text - text.mean(-1, keepdim=True)) / text.std(-1, unbiased=False, keepdim=True)
+    guess = pretrainer.text_reader(pretrainer.compressor(image, text), torch.arange(6)[None])
+    torch.testing.assert_close(out.text_loss, ((guess - normal) ** 2).mean(), atol=1e-4, rtol=0)
+
+
+def test_the_scale_is_fitted_once_on_the_first_training_batch():
+    pretrainer = build()
+    image, text = example()
+    pretrainer.eval()(image, text)
+    assert not pretrainer.compressor.image_scale_is_fitted
+    pretrainer.train()(image * 3 + 1, text)
+    torch.testing.assert_close(pretrainer.compressor.image_mean, (image * 3 + 1).mean((0, 1)))
+    pretrainer(image, text)
+    torch.testing.assert_close(pretrainer.compressor.image_mean, (image * 3 + 1).mean((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_weight": -1.0}, "image_weight must be finite and not negative, got -1.0"),
+        ({"contrastive_weight": math.nan}, "contrastive_weight must be finite and not negative, got nan"),
+        ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1.0"),
+        ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)

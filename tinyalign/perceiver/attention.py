@@ -1,0 +1,233 @@
+"""One attention function over interchangeable kernels: who runs is chosen per call, and a mask is never dropped."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyalign.perceiver.attention_backends import AttentionSpec, Backend, Reference, Sdpa, Xformers
+
+ENVIRONMENT_VARIABLE = "TINYALIGN_ATTENTION_BACKEND"
+
+# The order in which "auto" asks. xformers comes first because only who installed the extra has it; on the CPU and
+# under torch.compile it always declines.
+BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (Xformers(), Sdpa(), Reference())}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tinyalign_attention_backend", default=None)
+_last_run: dict[AttentionSpec, tuple[str, str]] = {}
+
+
+class AttentionBackendError(ValueError):
+    """A backend was asked for by name and cannot run the call; the message gives every reason."""
+
+
+class AttentionReport(NamedTuple):
+    """What would run for one kind of call, why, and why each other backend would not.
+
+    ``ran`` lists the calls made so far in this process: call, backend, and who chose it.
+    """
+
+    backend: str
+    chosen_by: str
+    reasons: dict[str, tuple[str, ...]]
+    ran: dict[AttentionSpec, tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} runs (chosen by {self.chosen_by})"]
+        for name, reasons in self.reasons.items():
+            lines.append(f"  {name}: " + ("available" if not reasons else "; ".join(reasons)))
+        lines += [f"  ran {name} ({chosen_by}): {spec}" for spec, (name, chosen_by) in self.ran.items()]
+        return "\n".join(lines)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _requested() -> tuple[str, str]:
+    """The backend asked for outside the call. Under torch.compile this is read once, when the graph is traced."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced, "use_attention_backend"
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+
+
+def _choose(spec: AttentionSpec, backend: str) -> tuple[Backend, str]:
+    name, chosen_by = (backend, "the argument") if backend != "auto" else _requested()
+    if name == "auto":
+        for candidate in BACKENDS.values():
+            if not candidate.reasons_against(spec):
+                return candidate, "auto"
+        name, chosen_by = "reference", "auto"
+    if name not in BACKENDS:
+        raise AttentionBackendError(
+            f"attend: backend must be one of {['auto', *BACKENDS]}, got {name!r} from {chosen_by}. "
+            "Name one of these or leave the choice to 'auto'."
+        )
+    reasons = BACKENDS[name].reasons_against(spec)
+    if reasons:
+        raise AttentionBackendError(
+            f"attend: backend must be able to run the call, got {name!r} from {chosen_by}, which cannot: "
+            f"{'; '.join(reasons)}. Use backend='auto' to fall back."
+        )
+    return BACKENDS[name], chosen_by
+
+
+@contextmanager
+def use_attention_backend(backend: str) -> Iterator[None]:
+    """Force the attention backend inside a ``with`` block; an argument of `attend` itself still wins.
+
+    Args:
+        backend: "auto", "xformers", "sdpa" or "reference". "auto" undoes an outer block or the environment.
+
+    Raises:
+        AttentionBackendError: no backend has this name.
+
+    Example:
+        >>> import torch
+        >>> q = torch.ones(1, 1, 2, 4)
+        >>> with use_attention_backend("reference"):
+        ...     attend(q, q, q).shape
+        torch.Size([1, 1, 2, 4])
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise AttentionBackendError(
+            f"use_attention_backend: backend must be one of {['auto', *BACKENDS]}, got {backend!r}. "
+            "Name one of these or leave the choice to 'auto'."
+        )
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention, softmax(q k^T scale) v, through the best kernel that can run the call.
+
+    Who decides: the argument, then `use_attention_backend`, then the environment variable
+    ``TINYALIGN_ATTENTION_BACKEND``, then "auto". "auto" falls back silently; a backend asked for by name that cannot
+    run the call raises with every reason. A query that may look at no key gives zeros, never NaN.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values; their width may differ from that of the keys.
+        keep: which keys count. None keeps all.
+        scale: factor on the scores; None is ``head_dim ** -0.5``.
+        backend: "auto", "xformers", "sdpa" or "reference".
+
+    Shape:
+        q: (B, H, M, d) or (1, H, M, d), float. k: (B, H, N, d). v: (B, H, N, e). keep: (B, N), bool, or anything
+        with four axes that broadcasts to (B, H, M, N). returns: (B, H, M, e).
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        TypeError: tensors of different dtype, or a mask that is not boolean.
+        AttentionBackendError: the backend asked for cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+        >>> v = torch.tensor([1.0, 3.0, 50.0]).view(1, 1, 3, 1)
+        >>> attend(q, k, v, keep=torch.tensor([[True, True, False]])).item()
+        2.0
+    """
+    _check(q, k, v, keep)
+    if q.shape[0] != k.shape[0]:
+        q = q.expand(k.shape[0], -1, -1, -1)
+    if k.shape[2] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[3])
+    some = None
+    if keep is not None:
+        keep = keep[:, None, None, :] if keep.dim() == 2 else keep
+        # A row without keys would be NaN in some kernels: let it look everywhere, then blank the result.
+        some = keep.any(dim=-1, keepdim=True)
+        keep = keep | ~some
+    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[3], keep is not None)
+    chosen, chosen_by = _choose(spec, backend)
+    if not torch.compiler.is_compiling():
+        _last_run[spec] = (chosen.name, chosen_by)
+    out = chosen.run(q, k, v, keep, q.shape[3] ** -0.5 if scale is None else scale)
+    return out if some is None else out.masked_fill(~some, 0.0)
+
+
+def attention_report(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    head_dim: int = 12,
+    masked: bool = False,
+) -> AttentionReport:
+    """Say which attention kernel runs for a kind of call and why the others do not.
+
+    Args:
+        device: where the tensors are.
+        dtype: their dtype.
+        head_dim: width of a head; the Perceiver of the paper has 96 / 8 = 12, padded to 16 on CUDA in 16 bit.
+        masked: whether the call carries a mask.
+
+    Example:
+        >>> report = attention_report("cpu")
+        >>> report.backend
+        'sdpa'
+        >>> report.reasons["xformers"]
+        ('it has no kernels for cpu tensors',)
+    """
+    spec = AttentionSpec(torch.device(device).type, dtype, head_dim, head_dim, masked)
+    chosen, chosen_by = _choose(spec, "auto")
+    reasons = {name: backend.reasons_against(spec) for name, backend in BACKENDS.items()}
+    return AttentionReport(chosen.name, chosen_by, reasons, dict(_last_run))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"attend: {name} must have four axes (batch, heads, tokens, width), got shape {tuple(tensor.shape)}. "
+                "Split the heads first."
+            )
+    if q.dtype != k.dtype or k.dtype != v.dtype:
+        raise TypeError(
+            f"attend: q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}. Cast them to one."
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "attend: k and v must share batch, heads and tokens, and q and k heads and width, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}. Check the projections that made them."
+        )
+    if q.shape[0] not in (1, k.shape[0]):
+        raise ValueError(
+            f"attend: q must have the batch of k or a batch of 1, got {q.shape[0]} and {k.shape[0]}. Expand it."
+        )
+    if keep is None:
+        return
+    if keep.dtype != torch.bool:
+        raise TypeError(
+            f"attend: keep must be boolean, True = keep, got {keep.dtype}. Use `mask.bool()`, or `mask == 0` for an "
+            "additive one."
+        )
+    full = (k.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    fits = (
+        tuple(keep.shape) == (full[0], full[3])
+        if keep.dim() == 2
+        else keep.dim() == 4
+        and keep.shape[3] == full[3]
+        and all(size in (1, whole) for size, whole in zip(keep.shape, full, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"attend: keep must have shape {(full[0], full[3])} or broadcast to {full}, got {tuple(keep.shape)}. "
+            "Give one row of key positions per batch row."
+        )

@@ -1,0 +1,85 @@
+"""Names of transformers' Perceiver weights and ours: a one-to-one table, checked both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Ours to theirs, inside one layer.
+_LAYER = {
+    "latent_norm": "attention.self.layernorm1",
+    "input_norm": "attention.self.layernorm2",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "mlp_norm": "layernorm",
+    "mlp_in": "mlp.dense1",
+    "mlp_out": "mlp.dense2",
+}
+_BACK = {theirs: ours for ours, theirs in _LAYER.items()}
+_MODEL_LATENTS = "embeddings.latents"
+
+
+def export_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our encoder's state dict under transformers' names; the latents stay out, as they do there."""
+    return {
+        f"{prefix}.{_LAYER[part]}.{leaf}": tensor
+        for name, tensor in state.items()
+        if name != "latents"
+        for prefix, part, leaf in [name.rsplit(".", 2)]
+    }
+
+
+def import_encoder(state: Mapping[str, Tensor], latents: Tensor | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Transformers' state dict to (sizes of our encoder, our state dict), every name accounted for."""
+    where = "PerceiverEncoder.from_hf_state_dict"
+    if any(name.startswith("encoder.") for name in state):
+        latents = state[_MODEL_LATENTS] if latents is None and _MODEL_LATENTS in state else latents
+        state = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    if latents is None:
+        raise ValueError(
+            f"{where}: latents must be given when the state dict holds none, got None. Pass "
+            "`latents=model.embeddings.latents` or the state dict of the whole PerceiverModel."
+        )
+    depth = len({name.split(".")[1] for name in state if name.startswith("self_attends.")})
+    layers = ["cross_attention", *(f"self_attends.{index}" for index in range(depth))]
+    expected = {
+        f"{layer}.{theirs}.{leaf}": f"{layer}.{ours}.{leaf}"
+        for layer in layers
+        for ours, theirs in _LAYER.items()
+        for leaf in ("weight", "bias")
+        if ours != "input_norm" or layer == "cross_attention"
+    }
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: state must hold a Perceiver encoder's names, got missing {missing[:4]} and unexpected "
+            f"{unexpected[:4]} ({len(missing)} and {len(unexpected)} in all). Pass the state dict of transformers' "
+            "PerceiverEncoder or PerceiverModel with widening factors 1."
+        )
+    own = {ours: state[theirs] for theirs, ours in expected.items()}
+    latent_dim = int(own["cross_attention.query.weight"].shape[1])
+    if latents.dim() != 2 or latents.shape[1] != latent_dim:
+        raise ValueError(
+            f"{where}: latents must have shape (L, {latent_dim}), got {tuple(latents.shape)}. Take the latents that "
+            "belong to this encoder."
+        )
+    shapes = [tuple(own[f"{layer}.mlp_in.weight"].shape) for layer in layers]
+    wide = [shape for shape in shapes if shape != (latent_dim, latent_dim)]
+    if wide:
+        raise ValueError(
+            f"{where}: state must have widening factors 1, got an MLP of shape {wide[0]} at width {latent_dim}. Only "
+            "that form is built here."
+        )
+    sizes = {
+        "input_dim": int(own["cross_attention.key.weight"].shape[1]),
+        "num_latents": int(latents.shape[0]),
+        "latent_dim": latent_dim,
+        "num_self_attends": depth,
+        "qk_channels": int(own["cross_attention.query.weight"].shape[0]),
+        "v_channels": int(own["cross_attention.value.weight"].shape[0]),
+    }
+    return sizes, {"latents": latents, **own}
