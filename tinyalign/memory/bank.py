@@ -1,0 +1,342 @@
+"""The memory bank: keys to search, values to retrieve, ids and groups that say who may retrieve what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyalign.memory import retrieval, saving
+from tinyalign.memory.codec import dtype_name
+from tinyalign.memory.contents import BankSpec, Contents
+from tinyalign.memory.errors import BankError
+from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
+from tinyalign.memory.retrieval import Hits, Limits, Neighbours, Where
+from tinyalign.memory.verification import VerifyReport, verified
+
+
+class Entry(NamedTuple):
+    """One entry of a bank."""
+
+    key: Tensor  # (D,) float32
+    value: Tensor  # value_shape
+    id: int
+    group: int
+    metadata: dict[str, Any]
+
+
+class MemoryBank:
+    """Keys to search and values to retrieve, kept exact, durable and free of leaks.
+
+    ``ids`` are the caller's sample ids, ``groups`` tie duplicates (one image, several captions) together; both can be
+    excluded per query, so that a training sample never retrieves itself or its twins. Keys are stored once, in
+    ``key_dtype``; search is exact over what is stored. A bank lives in memory until ``save``; a loaded one is mapped
+    from its files, and ``commit`` makes later ``add`` and ``remove`` calls durable.
+
+    Args:
+        key_dim: width D of keys and queries.
+        value_shape: shape of one value, (L, D_v) for latents.
+        metric: ``cosine`` (keys and queries are brought to unit length) or ``ip``, the inner product.
+        value_dtype: float16, bfloat16, float32, or int8 (centred, one scale per entry).
+        key_dtype: float16, bfloat16 or float32.
+        fingerprint: plain fields that say what made keys (``key.*``), values (``value.*``) and data (``data.*``).
+
+    Raises:
+        ValueError: a size is not positive, or the metric or a dtype is unknown.
+        TypeError: the fingerprint holds something other than plain values.
+
+    Example:
+        >>> bank = MemoryBank(key_dim=4, value_shape=(2, 3))
+        >>> bank.add(torch.eye(4), torch.ones(4, 2, 3), ids=[10, 11, 12, 13]).tolist()
+        [10, 11, 12, 13]
+        >>> hits = bank.search(torch.eye(4)[:1], k=2, exclude_ids=[10])
+        >>> bool((hits.ids != 10).all()), tuple(hits.values.shape)
+        (True, (1, 2, 2, 3))
+    """
+
+    def __init__(
+        self,
+        key_dim: int,
+        value_shape: Sequence[int],
+        *,
+        metric: str = "cosine",
+        value_dtype: torch.dtype = torch.float16,
+        key_dtype: torch.dtype = torch.float16,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        spec = BankSpec(int(key_dim), tuple(int(size) for size in value_shape), metric, key_dtype, value_dtype)
+        self._contents = Contents(spec)
+        self._home: saving.Home | None = None
+        self.fingerprint: Fingerprint = checked_fingerprint(fingerprint, "MemoryBank")
+
+    def __len__(self) -> int:
+        return len(self._contents.table)
+
+    def __contains__(self, entry_id: object) -> bool:
+        if isinstance(entry_id, bool) or not isinstance(entry_id, (int, np.integer)):
+            return False
+        return bool(self._contents.table.find(np.asarray([entry_id], dtype=np.int64))[0] >= 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"MemoryBank({len(self)} entries, key_dim={self.key_dim}, value_shape={self.value_shape}, "
+            f"metric={self.metric!r}, {dtype_name(self.value_dtype)} values, generation {self.generation})"
+        )
+
+    @property
+    def key_dim(self) -> int:
+        """Width D of keys and queries."""
+        return self._contents.spec.key_dim
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of one value."""
+        return self._contents.spec.value_shape
+
+    @property
+    def metric(self) -> str:
+        """``cosine`` or ``ip``."""
+        return self._contents.spec.metric
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """How keys are stored."""
+        return self._contents.spec.key_dtype
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """How values are stored."""
+        return self._contents.spec.value_dtype
+
+    @property
+    def ids(self) -> Tensor:
+        """Ids of all entries, (M,) int64, in row order."""
+        table = self._contents.table
+        return torch.from_numpy(table.column("ids")[table.live_rows()])
+
+    @property
+    def groups(self) -> Tensor:
+        """Groups of all entries, (M,) int64, -1 for none."""
+        table = self._contents.table
+        return torch.from_numpy(table.column("groups")[table.live_rows()])
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation on disk that this object continues; 0 in memory."""
+        return self._home.manifest.generation if self._home else 0
+
+    @property
+    def path(self) -> Path | None:
+        """The directory that this bank was loaded from or saved to."""
+        return self._home.directory if self._home else None
+
+    def add(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        ids: Sequence[int] | Tensor | None = None,
+        groups: Sequence[int] | Tensor | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Tensor:
+        """Add entries; returns their ids. Nothing changes when anything is wrong with them.
+
+        Args:
+            keys: made by what ``fingerprint`` says, from frozen features.
+            values: latents of the same entries.
+            ids: distinct numbers from 0; the next free ones when absent.
+            groups: entries of one group are duplicates of one another; -1 for none.
+            metadata: one JSON-like dict or None per entry.
+
+        Shape:
+            keys: (M, D). values: (M, *value_shape). ids, groups: (M,). returns: (M,) int64.
+
+        Raises:
+            ValueError: a shape does not fit, a number is not finite or zero, an id is there already.
+            TypeError: keys or values are not floating point, or ids or groups not integers.
+        """
+        return self._contents.append(keys, values, ids, groups, metadata, "MemoryBank.add")
+
+    def remove(self, ids: Sequence[int] | Tensor) -> int:
+        """Remove entries by id; returns how many. An id that the bank lacks is an error, and nothing changes."""
+        rows = np.unique(self._contents.rows_of(ids, "MemoryBank.remove"))
+        self._contents.table.remove(rows)
+        return len(rows)
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int = 5,
+        *,
+        exclude_ids: Any = None,
+        exclude_groups: Any = None,
+        where: Where | None = None,
+        max_score: float | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> Hits:
+        """Return the k best entries of each query and their values, best first.
+
+        Args:
+            queries: any float dtype and device; results come back on that device.
+            k: how many; where fewer are left, ``mask`` is False.
+            exclude_ids: what each query must not retrieve: (B,), (B, E) padded with -1, or one list per query.
+            exclude_groups: the same for groups.
+            where: keep only entries whose metadata it accepts, or for which a bool (M,) tensor in row order is True.
+            max_score: leave out entries above this score, such as near-duplicates of the query.
+            fingerprint: what made the queries; its ``key.`` fields must equal the bank's.
+
+        Shape:
+            queries: (B, D). returns: scores, ids, mask (B, k); values (B, k, *value_shape).
+
+        Raises:
+            ValueError: the bank is empty, k negative, a query of another width, not finite or (cosine) zero.
+            FingerprintMismatch: the queries were made by something else.
+        """
+        limits = Limits(exclude_ids, exclude_groups, where, max_score)
+        found = self._neighbours(queries, k, limits, fingerprint)
+        values, _ = self.gather(found.ids)
+        return Hits(found.scores, found.ids, values, found.mask)
+
+    def neighbours(
+        self,
+        queries: Tensor,
+        k: int = 5,
+        *,
+        exclude_ids: Any = None,
+        exclude_groups: Any = None,
+        where: Where | None = None,
+        max_score: float | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> Neighbours:
+        """Return what ``search`` returns, without reading any value."""
+        return self._neighbours(queries, k, Limits(exclude_ids, exclude_groups, where, max_score), fingerprint)
+
+    def _neighbours(self, queries: Tensor, k: int, limits: Limits, fingerprint: Mapping[str, Any] | None) -> Neighbours:
+        if fingerprint is not None:
+            require_match(self.fingerprint, fingerprint, retrieval.CALLER, "key.")
+        checked = retrieval.checked_queries(self._contents, queries, k)
+        top = retrieval.top_rows(self._contents, checked, int(k), limits)
+        return retrieval.as_neighbours(self._contents, top, queries.device)
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values of ids of any shape, and a mask that is False (values zero) where the id is -1.
+
+        Shape:
+            ids: (B, K), int64. returns: values (B, K, *value_shape), mask (B, K), on the device of ``ids``.
+        """
+        return retrieval.values_of(self._contents, ids)
+
+    def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return stored keys as float32, (n, D), for the given ids or all entries."""
+        where = "MemoryBank.keys"
+        rows = self._contents.table.live_rows() if ids is None else self._contents.rows_of(ids, where)
+        return self._contents.keys_at(torch.from_numpy(rows))
+
+    def metadata(self, ids: Sequence[int] | Tensor) -> list[dict[str, Any]]:
+        """Return the metadata of entries, an empty dict where they have none."""
+        return self._contents.notes_at(self._contents.rows_of(ids, "MemoryBank.metadata"))
+
+    def __getitem__(self, entry_id: int) -> Entry:
+        rows = self._contents.rows_of(torch.tensor([entry_id]), "MemoryBank[id]")
+        at = torch.from_numpy(rows)
+        return Entry(
+            key=self._contents.keys_at(at)[0],
+            value=self._contents.values_at(at)[0].reshape(self.value_shape),
+            id=int(entry_id),
+            group=int(self._contents.table.column("groups")[rows[0]]),
+            metadata=self._contents.notes_at(rows)[0],
+        )
+
+    def content_hash(self) -> str:
+        """Return 32 hex digits that name the keys and ids of all entries; saving and compacting leave it as it is."""
+        return self._contents.content_hash()
+
+    def require_fingerprint(self, other: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise ``FingerprintMismatch`` naming each field (under ``prefix``) in which ``other`` differs."""
+        require_match(self.fingerprint, other, "MemoryBank.require_fingerprint", prefix)
+
+    def save(self, path: str | Path) -> Path:
+        """Make the bank durable at ``path`` and continue from there: a commit where it lives there already.
+
+        A bank that stands at ``path`` is replaced in one step; a kill leaves the old one or the new one.
+
+        Raises:
+            BankError: the path holds something else, the disk is full.
+            BankLockedError: another process is writing there.
+        """
+        directory = Path(path).absolute()
+        if self._home is not None and directory == self._home.directory:
+            self.commit()
+            return directory
+        saving.save_all(self._contents, self.fingerprint, directory, "MemoryBank.save")
+        self._reopen(directory, mapped=True, caller="MemoryBank.save")
+        return directory
+
+    def commit(self) -> int:
+        """Write what was added and removed as the next generation; returns its number.
+
+        Raises:
+            StaleBankError: another process committed since this bank was loaded.
+            BankLockedError: another process is writing.
+        """
+        caller = "MemoryBank.commit"
+        home = self._saved(caller)
+        if saving.pending(self._contents, self.fingerprint, home):
+            saving.commit(self._contents, self.fingerprint, home, caller)
+            self._reopen(home.directory, mapped=home.mapped, caller=caller)
+        return self.generation
+
+    def compact(self) -> int:
+        """Rewrite the entries without the removed ones, as one segment; returns how many rows were dropped."""
+        dropped = self._contents.table.total - len(self)
+        if self._home is None:
+            self._contents = saving.compacted(self._contents)
+            return dropped
+        home = self._home
+        saving.save_all(self._contents, self.fingerprint, home.directory, "MemoryBank.compact", expected=home)
+        self._reopen(home.directory, mapped=home.mapped, caller="MemoryBank.compact")
+        return dropped
+
+    def verify(self) -> VerifyReport:
+        """Read every file of the saved generation and compare it with its checksums.
+
+        Raises:
+            BankCorruptedError: naming each file that is missing, cut, damaged or swapped.
+        """
+        return verified(self._saved("MemoryBank.verify"))
+
+    def _saved(self, caller: str) -> saving.Home:
+        if self._home is None:
+            raise BankError(f"{caller}: the bank must have been saved, got one in memory. Call save(path) first.")
+        return self._home
+
+    def _reopen(self, directory: Path, *, mapped: bool, caller: str) -> None:
+        self._contents, self.fingerprint, self._home = saving.load(directory, mapped=mapped, caller=caller)
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = True) -> MemoryBank:
+        """Open a saved bank, mapped so that processes share its pages, or (``mmap=False``) read into memory.
+
+        Raises:
+            BankError: there is no bank at ``path``.
+            BankCorruptedError: a file is missing, or its size is not what the manifest says.
+        """
+        bank = cls.__new__(cls)
+        bank._reopen(Path(path).absolute(), mapped=mmap, caller="MemoryBank.load")
+        return bank
+
+    @classmethod
+    def merge(cls, banks: Sequence[MemoryBank]) -> MemoryBank:
+        """Join banks of one kind and one fingerprint into a bank in memory, entries in the order of ``banks``.
+
+        Raises:
+            BankError: there are none, their sizes or dtypes differ, or an id is in two of them.
+            FingerprintMismatch: they were made by different things.
+        """
+        joined = cls.__new__(cls)
+        joined._contents = saving.merged([(b._contents, b.fingerprint) for b in banks], "MemoryBank.merge")
+        joined.fingerprint, joined._home = dict(banks[0].fingerprint), None
+        return joined

@@ -1,0 +1,116 @@
+"""From a caller's request to rows: checks, exclusion, the search itself, and the hits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyalign.memory import inputs
+from tinyalign.memory.contents import Contents
+from tinyalign.memory.errors import BankError, UnknownIdError
+from tinyalign.memory.exclusion import banned_rows, padded_ids
+from tinyalign.memory.search import TopRows, exact_top_rows, few_rows
+from tinyalign.memory.segment import decode_note
+
+CALLER = "MemoryBank.search"
+FEW = 0.1  # a filter that leaves less than this share of the entries gathers them first
+
+Where = Callable[[dict[str, Any]], bool] | Tensor
+
+
+class Hits(NamedTuple):
+    """What ``search`` found. Where fewer than k entries were left: mask False, id -1, score 0, value zeros."""
+
+    scores: Tensor  # (B, K) float32
+    ids: Tensor  # (B, K) int64
+    values: Tensor  # (B, K, *value_shape)
+    mask: Tensor  # (B, K) bool
+
+
+class Neighbours(NamedTuple):
+    """What ``neighbours`` found: ``Hits`` without the values."""
+
+    scores: Tensor  # (B, K) float32
+    ids: Tensor  # (B, K) int64
+    mask: Tensor  # (B, K) bool
+
+
+class Limits(NamedTuple):
+    """What a search must leave out."""
+
+    exclude_ids: Any = None
+    exclude_groups: Any = None
+    where: Where | None = None
+    max_score: float | None = None
+
+
+def checked_queries(contents: Contents, queries: Any, k: Any) -> Tensor:
+    """Return queries (B, D) on the CPU as float32, of unit length for cosine."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
+        raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
+    checked = inputs.float_rows(queries, (contents.spec.key_dim,), CALLER, "queries")
+    if not len(contents.table):
+        raise BankError(f"{CALLER}: the bank must hold entries, got 0. Add some, or build it with build_memory_bank.")
+    checked = inputs.finite_rows(checked, CALLER, "queries")
+    if contents.spec.metric == "cosine":
+        checked = inputs.normalised(checked, CALLER, "queries")
+    return checked.to(torch.float32).contiguous()
+
+
+def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits) -> TopRows:
+    """Return the best rows of checked queries within the limits."""
+    table, count = contents.table, queries.shape[0]
+    ids = padded_ids(limits.exclude_ids, count, CALLER, "exclude_ids")
+    groups = padded_ids(limits.exclude_groups, count, CALLER, "exclude_groups")
+    if limits.where is None:
+        return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, table.dead), limits.max_score)
+    allowed = allowed_rows(contents, limits.where)
+    if len(allowed) < FEW * table.total and limits.max_score is None:
+        return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead))
+    everywhere = np.setdiff1d(np.arange(table.total), allowed, assume_unique=True)
+    return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, everywhere), limits.max_score)
+
+
+def allowed_rows(contents: Contents, where: Where) -> np.ndarray:
+    """Return the live rows that a filter keeps, ascending."""
+    live = contents.table.live_rows()
+    if isinstance(where, Tensor):
+        if where.dtype != torch.bool or tuple(where.shape) != (len(live),):
+            raise ValueError(
+                f"{CALLER}: where must be a bool tensor of shape ({len(live)},), got {where.dtype} "
+                f"{tuple(where.shape)}. Give one flag per entry, in the order of bank.ids."
+            )
+        kept: np.ndarray = live[where.cpu().numpy()]
+        return kept
+    keep = [bool(where(decode_note(contents.table.note(row)))) for row in live.tolist()]
+    chosen: np.ndarray = live[np.asarray(keep, dtype=bool)]
+    return chosen
+
+
+def as_neighbours(contents: Contents, top: TopRows, device: torch.device) -> Neighbours:
+    """Turn rows into ids, on the device of the queries."""
+    mask = top.rows >= 0
+    known = torch.from_numpy(contents.table.column("ids"))
+    ids = known[top.rows.clamp_min(0)].masked_fill(~mask, -1)
+    return Neighbours(top.scores.masked_fill(~mask, 0.0).to(device), ids.to(device), mask.to(device))
+
+
+def values_of(contents: Contents, ids: Any) -> tuple[Tensor, Tensor]:
+    """Return the values of ids of any shape, and which are not -1."""
+    wanted = inputs.query_ids(ids, "MemoryBank.gather")
+    rows = contents.table.find(wanted)
+    unknown = (rows < 0) & (wanted != -1)
+    if unknown.any():
+        raise UnknownIdError(
+            f"MemoryBank.gather: ids must be in the bank or -1, got {int(wanted[unknown][0])}. "
+            "Make neighbour tables anew after removing entries."
+        )
+    device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
+    mask = torch.from_numpy(rows >= 0)
+    values = contents.values_at(torch.from_numpy(np.maximum(rows, 0).reshape(-1)))
+    values.masked_fill_(~mask.reshape(-1, 1), 0)
+    return values.reshape(*wanted.shape, *contents.spec.value_shape).to(device), mask.to(device)

@@ -1,0 +1,176 @@
+"""All entries of a bank as one numbered list over its segments, with the removed ones marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyalign.memory.segment import Columns, FixedSegment, GrowingSegment, Segment
+
+
+class RowTable:
+    """Rows are numbered through the segments in order; a removed row keeps its number until the bank is compacted.
+
+    Finding an id is a binary search over the fixed segments plus a dict over the growing one, so neither a mapped bank
+    of half a million entries nor many small adds ever build a large dict.
+    """
+
+    def __init__(self, template: Columns) -> None:
+        self._template = template
+        self._segments: list[Segment] = []
+        self._dead = np.zeros(0, dtype=np.int64)  # sorted row numbers
+        self._recent: dict[int, int] = {}  # id -> row, for the growing segment
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None  # ids and rows of the live fixed rows
+        self._joined: dict[str, np.ndarray] = {}
+        self.changed = False  # rows were removed since the table was made
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments in row order."""
+        return tuple(self._segments)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """Sorted row numbers of removed entries."""
+        return self._dead
+
+    @property
+    def total(self) -> int:
+        """Rows, removed ones included."""
+        return sum(len(segment) for segment in self._segments)
+
+    @property
+    def has_scales(self) -> bool:
+        """True when each entry has a scale of its own (int8 values)."""
+        return self._template.scales is not None
+
+    @property
+    def has_notes(self) -> bool:
+        """True when some entry may have metadata."""
+        return any(segment.has_notes for segment in self._segments)
+
+    def __len__(self) -> int:
+        return self.total - len(self._dead)
+
+    def blocks(self) -> Iterator[tuple[int, Columns]]:
+        """Yield each segment's first row number and columns."""
+        start = 0
+        for segment in self._segments:
+            yield start, segment.columns
+            start += len(segment)
+
+    def attach(self, segment: FixedSegment) -> None:
+        """Put a segment that no longer changes after the last one."""
+        if self._segments and isinstance(self._segments[-1], GrowingSegment):
+            self._segments[-1] = self._segments[-1].frozen()
+            self._recent = {}
+        self._segments.append(segment)
+        self._forget()
+
+    def mark_dead(self, rows: np.ndarray) -> None:
+        """Take over rows that were removed earlier."""
+        self._dead = np.union1d(self._dead, rows).astype(np.int64)
+        self._forget()
+
+    def append(self, added: Columns, notes: Sequence[bytes] | None) -> None:
+        """Put entries into the growing segment."""
+        if not self._segments or not isinstance(self._segments[-1], GrowingSegment):
+            self._segments.append(GrowingSegment(self._template))
+        first = self.total
+        segment = self._segments[-1]
+        assert isinstance(segment, GrowingSegment)
+        segment.append(added, notes)
+        self._recent.update(zip(added.ids.tolist(), range(first, self.total), strict=True))
+        self._joined.clear()
+
+    def remove(self, rows: np.ndarray) -> None:
+        """Mark rows as removed."""
+        gone = set(rows.tolist())
+        self._recent = {key: row for key, row in self._recent.items() if row not in gone}
+        self.changed = self.changed or len(rows) > 0
+        self.mark_dead(rows)
+
+    def _forget(self) -> None:
+        self._sorted = None
+        self._joined.clear()
+
+    def column(self, name: str) -> np.ndarray:
+        """Return ``ids`` or ``groups`` of every row, removed ones included."""
+        if name not in self._joined:
+            parts = [getattr(segment.columns, name).numpy() for segment in self._segments]
+            self._joined[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return self._joined[name]
+
+    def live_rows(self) -> np.ndarray:
+        """Row numbers of the entries that were not removed, ascending."""
+        rows = np.arange(self.total, dtype=np.int64)
+        return np.delete(rows, self._dead) if len(self._dead) else rows
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._sorted is None:
+            growing = bool(self._segments) and isinstance(self._segments[-1], GrowingSegment)
+            fixed = self.total - (len(self._segments[-1]) if growing else 0)
+            rows = np.arange(fixed, dtype=np.int64)
+            rows = np.delete(rows, self._dead[self._dead < fixed]) if len(self._dead) else rows
+            ids = self.column("ids")[rows]
+            order = np.argsort(ids, kind="stable")
+            self._sorted = ids[order], rows[order]
+        return self._sorted
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Return the row of each id, -1 where the bank has none; any shape."""
+        flat = ids.reshape(-1)
+        known, rows = self._index()
+        found = np.full(flat.shape, -1, dtype=np.int64)
+        if len(known):
+            at = np.minimum(np.searchsorted(known, flat), len(known) - 1)
+            hit = known[at] == flat
+            found[hit] = rows[at[hit]]
+        if self._recent:
+            for position in np.flatnonzero(found < 0).tolist():
+                found[position] = self._recent.get(int(flat[position]), -1)
+        return found.reshape(ids.shape)
+
+    def rows_of_groups(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return every pair (position in ``groups``, row of that group), removed rows included."""
+        if "group_order" not in self._joined:
+            order = np.argsort(self.column("groups"), kind="stable")
+            self._joined["group_order"] = order
+            self._joined["group_sorted"] = self.column("groups")[order]
+        known, order = self._joined["group_sorted"], self._joined["group_order"]
+        begin, end = np.searchsorted(known, groups, "left"), np.searchsorted(known, groups, "right")
+        counts = np.where(groups < 0, 0, end - begin)
+        positions = np.repeat(np.arange(len(groups)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return positions, order[np.repeat(begin, counts) + within]
+
+    def gather(self, rows: Tensor, column: str, take: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Return one column at row numbers (n,), all of them valid."""
+        take = take or (lambda table, at: table.index_select(0, at))
+        if len(self._segments) == 1:
+            return take(getattr(self._segments[0].columns, column), rows)
+        template = getattr(self._template, column)
+        out = torch.empty((rows.shape[0], *template.shape[1:]), dtype=template.dtype)
+        for start, columns in self.blocks():
+            here = (rows >= start) & (rows < start + columns.ids.shape[0])
+            at = here.nonzero().squeeze(1)
+            if at.numel():
+                out[at] = take(getattr(columns, column), rows[at] - start)
+        return out
+
+    def columns_at(self, rows: Tensor) -> Columns:
+        """Return every column at row numbers (n,)."""
+        names = [name for name, column in zip(Columns._fields, self._template, strict=True) if column is not None]
+        found: dict[str, Tensor] = {name: self.gather(rows, name) for name in names}
+        return Columns(found["keys"], found["values"], found["ids"], found["groups"], found.get("scales"))
+
+    def note(self, row: int) -> bytes:
+        """Return the metadata of one row as JSON bytes."""
+        for segment in self._segments:
+            if row < len(segment):
+                return segment.note(row)
+            row -= len(segment)
+        raise IndexError(row)
