@@ -116,7 +116,7 @@ def rescored(
     queries: Tensor, table: RowTable, best: Tensor, rows: Tensor, k: int, max_score: float | None = None
 ) -> TopRows:
     """Order candidate rows (B, C) by their float64 scores and row, and keep k; ``best`` of -inf marks no candidate."""
-    keys = table.gather(rows.reshape(-1), "keys").reshape(*rows.shape, -1)
+    keys = table.gather(rows.reshape(-1), "keys").reshape(*rows.shape, queries.shape[1])
     exact = (keys.to(torch.float64) * queries[:, None].to(torch.float64)).sum(-1).to(torch.float32)
     none = best == float("-inf")
     if max_score is not None:
@@ -140,7 +140,7 @@ def few_rows(queries: Tensor, table: RowTable, k: int, allowed: np.ndarray, bann
     keys = table.gather(rows, "keys").to(torch.float32)
     scores = queries @ keys.T  # (B, allowed)
     position = np.searchsorted(allowed, banned.rows)
-    inside = (position < len(allowed)) & (allowed[np.minimum(position, len(allowed) - 1)] == banned.rows)
+    inside = np.append(allowed, -1)[position] == banned.rows
     scores[torch.from_numpy(banned.queries[inside]), torch.from_numpy(position[inside])] = float("-inf")
     best, at = best_of(scores, k + SPARE)
     return rescored(queries, table, best, rows[at], k)

@@ -1,0 +1,207 @@
+"""Building: batches, kills, ranks, records that fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyalign.memory import BankError, BuildOptions, EncodedBatch, MemoryBank, build_memory_bank, skipped_records
+
+
+def encode(records):
+    """Every record is a number; its key and value are made from it alone."""
+    keys = torch.stack([torch.tensor([r + 1.0, r * r + 1.0, (r % 5) + 1.0]) for r in records])
+    notes = [{"record": r} for r in records]
+    return EncodedBatch(
+        keys, keys[:, None] / 100, ids=[10 + r for r in records], groups=[r // 2 for r in records], metadata=notes
+    )
+
+
+class Encoder:
+    """``encode`` that counts what it sees and can die."""
+
+    def __init__(self, dies_at=None, bad=()):
+        self.seen, self.dies_at, self.bad = [], dies_at, set(bad)
+
+    def __call__(self, records):
+        if self.dies_at is not None and self.dies_at in records:
+            raise KeyboardInterrupt
+        if self.bad & set(records):
+            raise ValueError(f"cannot read {sorted(self.bad & set(records))}")
+        self.seen += records
+        return encode(records)
+
+
+def same(one, two):
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(one.groups, two.groups)
+    assert torch.equal(one.keys(), two.keys())
+    assert torch.equal(one.gather(one.ids)[0], two.gather(two.ids)[0])
+    assert one.metadata(one.ids) == two.metadata(two.ids)
+
+
+@pytest.fixture
+def expected():
+    bank = MemoryBank(3, (1, 3))
+    bank.add(*encode(list(range(50))))
+    return bank
+
+
+def test_build_equals_adding(tmp_path, expected):
+    bank = build_memory_bank(
+        range(50), encode, tmp_path / "bank", batch_size=7, fingerprint={"key.a": 1}, progress=False
+    )
+    same(bank, expected)
+    assert bank.fingerprint == {"key.a": 1}
+    assert bank.generation == 1
+    bank.verify()
+    assert [e.name for e in tmp_path.iterdir()] == ["bank"]
+    assert skipped_records(tmp_path / "bank") == []
+
+
+def test_resumes_without_encoding_again(tmp_path, expected):
+    options = BuildOptions(commit_every=10)
+    first = Encoder(dies_at=33)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), first, tmp_path / "bank", batch_size=5, options=options, progress=False)
+    assert not (tmp_path / "bank").exists()
+    second = Encoder()
+    bank = build_memory_bank(range(50), second, tmp_path / "bank", batch_size=5, options=options, progress=False)
+    assert second.seen == list(range(30, 50))
+    same(bank, expected)
+    third = Encoder(dies_at=20)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), third, tmp_path / "bank", batch_size=5, options=options, progress=False)
+    same(MemoryBank.load(tmp_path / "bank"), expected)  # the old bank stays in use
+    fourth = Encoder()
+    build_memory_bank(range(50), fourth, tmp_path / "bank", batch_size=5, options=options, resume=False, progress=False)
+    assert fourth.seen == list(range(50))
+
+
+def test_another_plan_is_not_continued(tmp_path):
+    options = BuildOptions(commit_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), Encoder(dies_at=33), tmp_path / "b", batch_size=5, options=options, progress=False)
+    with pytest.raises(BankError, match=r"same plan.*build\.batch_size.*key\.a.*resume=False"):
+        build_memory_bank(
+            range(50), encode, tmp_path / "b", batch_size=4, options=options, fingerprint={"key.a": 2}, progress=False
+        )
+
+
+def test_int8_is_quantised_around_the_mean_of_all(tmp_path, expected):
+    options = BuildOptions(value_dtype=torch.int8, commit_every=8)
+    bank = build_memory_bank(range(50), encode, tmp_path / "b", batch_size=4, options=options, progress=False)
+    assert bank.value_dtype == torch.int8
+    values, floats = bank.gather(bank.ids)[0], expected.gather(expected.ids)[0].float()
+    step = (floats - floats.mean(0)).flatten(1).abs().amax(1) / 127
+    assert ((values - floats).abs().flatten(1).amax(1) <= 0.51 * step + 1e-4).all()
+    bank.verify()
+    again = MemoryBank.load(tmp_path / "b")
+    again.add(torch.ones(1, 3), floats[:1], ids=[999])
+    again.commit()
+    torch.testing.assert_close(MemoryBank.load(tmp_path / "b")[999].value, floats[0], atol=0.1, rtol=0)
+
+
+def test_a_bad_record_is_named(tmp_path):
+    with pytest.raises(
+        BankError, match=r"record 13 must be readable and encodable, got ValueError: cannot read \[13\]"
+    ):
+        build_memory_bank(range(50), Encoder(bad=[13]), tmp_path / "b", batch_size=8, progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_bad_records_are_skipped_when_asked_and_listed(tmp_path):
+    class Records:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            if index == 4:
+                raise OSError("cut off image")
+            return index
+
+    bank = build_memory_bank(
+        Records(), Encoder(bad=[13, 14]), tmp_path / "b", batch_size=4, on_error="skip", progress=False
+    )
+    assert bank.ids.tolist() == [10 + r for r in range(20) if r not in (4, 13, 14)]
+    found = skipped_records(tmp_path / "b")
+    assert [each.record for each in found] == [4, 13, 14]
+    assert found[0].error == "OSError: cut off image"
+    with pytest.raises(BankError, match="record 4 must be readable and encodable, got OSError: cut off image"):
+        build_memory_bank(Records(), encode, tmp_path / "c", batch_size=4, progress=False)
+    with pytest.raises(BankError, match="some records must be encodable, got 20 skipped"):
+        build_memory_bank(Records(), Encoder(bad=range(20)), tmp_path / "d", on_error="skip", progress=False)
+
+
+def test_a_batch_that_only_fails_together_is_not_blamed_on_a_record(tmp_path):
+    def fails_in_company(records):
+        if len(records) > 1:
+            raise RuntimeError("out of memory")
+        return encode(records)
+
+    with pytest.raises(BankError, match="records 0 to 3 must be encodable together, got RuntimeError: out of memory"):
+        build_memory_bank(range(8), fails_in_company, tmp_path / "b", batch_size=4, progress=False)
+
+
+def test_loader_processes_and_the_global_generator(tmp_path, expected):
+    torch.manual_seed(5)
+    draw = torch.rand(1)
+    torch.manual_seed(5)
+    options = BuildOptions(num_workers=1)
+    bank = build_memory_bank(range(50), encode, tmp_path / "b", batch_size=8, options=options, progress=False)
+    assert torch.equal(torch.rand(1), draw)
+    same(bank, expected)
+
+
+def test_shows_rate_and_time_left(tmp_path, capsys):
+    build_memory_bank(range(20), encode, tmp_path / "b", batch_size=4)
+    shown = capsys.readouterr().err
+    assert "20/20" in shown
+    assert "record/s" in shown
+
+
+RANK = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_builder import encode
+from tinyalign.memory import BuildOptions, build_memory_bank
+bank = build_memory_bank(range(50), encode, sys.argv[2], batch_size=3, progress=False,
+                         options=BuildOptions(commit_every=6, timeout=60.0))
+assert len(bank) == 50
+"""
+
+
+def test_ranks_build_the_bank_of_one_process(tmp_path, expected):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "out" / "bank")]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"})
+        for rank in range(3)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0, 0]
+    bank = MemoryBank.load(tmp_path / "out" / "bank")
+    same(bank, expected)
+    alone = build_memory_bank(range(50), encode, tmp_path / "alone", batch_size=3, progress=False)
+    assert bank.content_hash() == alone.content_hash()
+    assert [e.name for e in (tmp_path / "out").iterdir()] == ["bank"]
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        ([], {}, "records must hold at least one record, got none"),
+        ([1], {"batch_size": 0}, "batch_size and commit_every must be positive, got 0"),
+        ([1], {"options": BuildOptions(commit_every=0)}, "got 32, 0"),
+        ([1], {"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
+        ([1, 1], {}, "ids must be distinct, got 11 twice"),
+    ],
+)
+def test_bad_settings(tmp_path, records, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_memory_bank(records, encode, tmp_path / "b", progress=False, **options)
