@@ -1,1 +1,35 @@
-"""models."""
+"""The composed model, and what plugs retrieval into anyone else's."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from tinyalign.models.configuration import IMAGE_TOKEN_ID, TinyAlignConfig
+from tinyalign.models.outputs import Retrieved, TinyAlignOutput
+from tinyalign.models.pair_encoder import EncodedPair, PairEncoder
+from tinyalign.models.processor import TinyAlignProcessor
+from tinyalign.models.retrieval import ARMS, arm_neighbours
+from tinyalign.models.splice import SplicedBatch, splice_tokens
+from tinyalign.models.vision import VisionFeatures, pack_images
+from tinyalign.models.vlm import TinyAlignVLM
+
+# So that AutoConfig, AutoModelForImageTextToText and AutoProcessor open what these classes saved.
+AutoConfig.register(TinyAlignConfig.model_type, TinyAlignConfig, exist_ok=True)
+AutoModel.register(TinyAlignConfig, TinyAlignVLM, exist_ok=True)
+AutoModelForImageTextToText.register(TinyAlignConfig, TinyAlignVLM, exist_ok=True)
+AutoProcessor.register(TinyAlignConfig, TinyAlignProcessor, exist_ok=True)
+
+__all__ = [
+    "ARMS",
+    "IMAGE_TOKEN_ID",
+    "EncodedPair",
+    "PairEncoder",
+    "Retrieved",
+    "SplicedBatch",
+    "TinyAlignConfig",
+    "TinyAlignOutput",
+    "TinyAlignProcessor",
+    "TinyAlignVLM",
+    "VisionFeatures",
+    "arm_neighbours",
+    "pack_images",
+    "splice_tokens",
+]

@@ -1,0 +1,36 @@
+"""What can be read off the parts that a model is composed of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tinyalign.memory import AttentionPooledKey, MemoryBank
+
+
+def latent_sizes(memory: MemoryBank | None, compressor: Any) -> tuple[int, int] | None:
+    """(L, latent_dim) of the values, from the bank and the compressor, which must agree."""
+    if memory is not None and len(memory.value_shape) != 2:
+        raise ValueError(
+            f"TinyAlignVLM.from_parts: memory must hold values of shape (L, latent_dim), got "
+            f"{tuple(memory.value_shape)}. "
+            f"Build it with a PerceiverCompressor."
+        )
+    made = None if compressor is None else (int(compressor.num_latents), int(compressor.latent_dim))
+    if memory is None:
+        return made
+    held = (int(memory.value_shape[0]), int(memory.value_shape[1]))
+    if made is not None and made != held:
+        raise ValueError(
+            f"TinyAlignVLM.from_parts: compressor must make the bank's values of shape {held}, got {made}. Pass the "
+            f"compressor that the bank was built with."
+        )
+    return held
+
+
+def settings_of(key: nn.Module) -> dict[str, Any] | None:
+    """What rebuilds the paper's key; None for a key of another class."""
+    if isinstance(key, AttentionPooledKey):
+        return {"alpha": key.alpha, "scale": key.scale, "balance": key.balance}
+    return None
