@@ -11,17 +11,22 @@ from tinyalign.perceiver.attention import (
 )
 from tinyalign.perceiver.compressor import PerceiverCompressor, PerceiverSizes
 from tinyalign.perceiver.encoder import PerceiverEncoder
+from tinyalign.perceiver.pixels import PixelPerceiver, caption_bytes
+from tinyalign.perceiver.pixels_folded import FoldedPixelPerceiver
 from tinyalign.perceiver.pretrainer import PerceiverPretrainer, PretrainOutput
 
 __all__ = [
     "AttentionBackendError",
     "AttentionReport",
+    "FoldedPixelPerceiver",
     "PerceiverCompressor",
     "PerceiverEncoder",
     "PerceiverPretrainer",
     "PerceiverSizes",
+    "PixelPerceiver",
     "PretrainOutput",
     "attend",
     "attention_report",
+    "caption_bytes",
     "use_attention_backend",
 ]

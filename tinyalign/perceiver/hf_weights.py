@@ -83,3 +83,35 @@ def import_encoder(state: Mapping[str, Tensor], latents: Tensor | None) -> tuple
         "v_channels": int(own["cross_attention.value.weight"].shape[0]),
     }
     return sizes, {"latents": latents, **own}
+
+
+# Ours to theirs, for the pixel encoder's input; the rest is an encoder.
+_INPUT = "input_preprocessor."
+_PIXELS = {
+    "pixel_projection.weight": "modalities.image.convnet_1x1.weight",
+    "pixel_projection.bias": "modalities.image.convnet_1x1.bias",
+    "pixel_positions": "modalities.image.position_embeddings.position_embeddings",
+    "position_projection.weight": "modalities.image.positions_projection.weight",
+    "position_projection.bias": "modalities.image.positions_projection.bias",
+    "pixel_padding": "padding.image",
+    "caption.embedding.weight": "modalities.text.embeddings.weight",
+    "caption.positions": "modalities.text.position_embeddings.weight",
+    "caption.padding": "padding.text",
+}
+
+
+def import_pixels(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Transformers' state dict to (our input weights, what is left for the encoder)."""
+    expected = {_INPUT + theirs for theirs in _PIXELS.values()}
+    present = {name for name in state if name.startswith(_INPUT)}
+    if present != expected:
+        raise ValueError(
+            "PixelPerceiver.from_hf_state_dict: state must hold the input weights of the pixel encoder, got missing "
+            f"{sorted(expected - present)} and unexpected {sorted(present - expected)}. Pass the state dict of a "
+            "PerceiverModel with image (conv1x1) and text preprocessors."
+        )
+    own = {ours: state[_INPUT + theirs] for ours, theirs in _PIXELS.items()}
+    own["pixel_projection.weight"] = own["pixel_projection.weight"].flatten(1)  # a 1x1 convolution is a linear map
+    own["pixel_padding"] = own["pixel_padding"].flatten()
+    own["caption.padding"] = own["caption.padding"].flatten()
+    return own, {name: weight for name, weight in state.items() if name not in present}

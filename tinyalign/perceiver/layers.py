@@ -79,12 +79,15 @@ class PerceiverLayer(nn.Module):
         normed = self.latent_norm(latents)
         source = normed if self.input_norm is None or inputs is None else self.input_norm(inputs)
         qk_dim, v_dim = self._run_width(self.qk_dim, source), self._run_width(self.v_dim, source)
-        q = _split(_project(self.query, normed, self.num_heads, qk_dim), self.num_heads)
-        k = _split(_project(self.key, source, self.num_heads, qk_dim), self.num_heads)
-        v = _split(_project(self.value, source, self.num_heads, v_dim), self.num_heads)
-        mixed = attend(q, k, v, keep=keep, scale=self.qk_dim**-0.5)
-        merged = mixed.transpose(1, 2).flatten(2)  # (B, L, H * v_dim)
-        weight = self.output.weight
+        q = split_heads(_project(self.query, normed, self.num_heads, qk_dim), self.num_heads)
+        k = split_heads(_project(self.key, source, self.num_heads, qk_dim), self.num_heads)
+        v = split_heads(_project(self.value, source, self.num_heads, v_dim), self.num_heads)
+        return self.absorb(latents, attend(q, k, v, keep=keep, scale=self.qk_dim**-0.5))
+
+    def absorb(self, latents: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the attention: output projection, residual, MLP, residual. mixed: (B, H, L, head width)."""
+        merged = mixed.transpose(1, 2).flatten(2)  # (B, L, H * head width)
+        weight, v_dim = self.output.weight, mixed.shape[3]
         if v_dim != self.v_dim:
             by_head = weight.reshape(-1, self.num_heads, self.v_dim)
             weight = F.pad(by_head, (0, v_dim - self.v_dim)).flatten(1)
@@ -124,6 +127,7 @@ def _project(linear: nn.Linear, tokens: Tensor, num_heads: int, head_dim: int) -
     return F.linear(tokens, weight, bias)
 
 
-def _split(tokens: Tensor, num_heads: int) -> Tensor:
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, S, H * d) to (B, H, S, d)."""
     batch, length, width = tokens.shape
-    return tokens.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)  # (B, H, S, d)
+    return tokens.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)

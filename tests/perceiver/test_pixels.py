@@ -1,0 +1,184 @@
+"""The pixel encoder of the paper against transformers' classes, straightforward and folded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PerceiverConfig, PerceiverModel, PerceiverTokenizer
+from transformers.models.perceiver.modeling_perceiver import (
+    PerceiverImagePreprocessor,
+    PerceiverMultimodalPreprocessor,
+    PerceiverTextPreprocessor,
+)
+
+from tinyalign.perceiver import FoldedPixelPerceiver, PerceiverEncoder, PixelPerceiver, caption_bytes
+from tinyalign.perceiver.pixels import CaptionTokens
+
+
+def transformers_model(image_size, vocab_size=300, max_text=40, num_self_attends=2, num_latents=32):
+    """The composition that the paper's release builds."""
+    config = PerceiverConfig(
+        num_latents=num_latents,
+        d_latents=96,
+        d_model=128,
+        num_blocks=1,
+        num_self_attends_per_block=num_self_attends,
+        num_self_attention_heads=8,
+        num_cross_attention_heads=8,
+        qk_channels=96,
+        v_channels=96,
+        image_size=image_size,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_text,
+        attention_probs_dropout_prob=0.0,
+    )
+    image = PerceiverImagePreprocessor(
+        config,
+        prep_type="conv1x1",
+        spatial_downsample=1,
+        out_channels=256,
+        position_encoding_type="trainable",
+        concat_or_add_pos="concat",
+        project_pos_dim=256,
+        trainable_position_encoding_kwargs={"num_channels": 256, "index_dims": image_size**2},
+    )
+    both = PerceiverMultimodalPreprocessor(
+        {"image": image, "text": PerceiverTextPreprocessor(config)}, min_padding_size=4
+    )
+    return PerceiverModel(config, input_preprocessor=both).eval()
+
+
+def randomise(model, scale, seed=0):
+    """Weights and norms away from their initial values, where nothing cancels by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * scale)
+    return model
+
+
+def expected_values(model, image, ids, mask):
+    whole = torch.cat((torch.ones(image.shape[0], image.shape[2] * image.shape[3]), mask.float()), dim=1)
+    with torch.no_grad():
+        return model({"image": image, "text": ids}, attention_mask=whole).last_hidden_state
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    image_size=st.integers(1, 12),
+    batch=st.integers(1, 3),
+    scale=st.sampled_from([0.0, 0.05]),
+    chunk=st.sampled_from([1, 7, 64, 4096]),
+    captions=st.lists(st.text(max_size=9), min_size=3, max_size=3),
+    seed=st.integers(0, 2**20),
+)
+def test_both_forms_equal_transformers(image_size, batch, scale, chunk, captions, seed):
+    torch.manual_seed(seed)
+    model = randomise(transformers_model(image_size), scale, seed)
+    ours = PixelPerceiver.from_hf_state_dict(model.state_dict())
+    image = torch.randn(batch, 3, image_size, image_size)
+    ids, mask = caption_bytes(captions[:batch], 40)
+    expected = expected_values(model, image, ids, mask)
+    assert (ours(image, ids, mask) - expected).abs().max() <= 1e-5
+    assert (FoldedPixelPerceiver(ours, chunk=chunk)(image, ids, mask) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_both_forms_equal_transformers_at_the_paper_s_size():
+    model = randomise(transformers_model(384, 30522, 512, 8), 0.02)
+    assert sum(weight.numel() for weight in model.parameters()) == 42_379_344
+    ours = PixelPerceiver.from_hf_state_dict(model.state_dict())
+    image = torch.rand(1, 3, 384, 384)
+    ids, mask = caption_bytes(["a family is sitting down at a table to have cake"])
+    expected = expected_values(model, image, ids, mask)
+    with torch.no_grad():
+        assert (ours(image, ids, mask) - expected).abs().max() <= 1e-5
+    assert (FoldedPixelPerceiver(ours)(image, ids, mask) - expected).abs().max() <= 1e-5
+
+
+def test_default_sizes_are_the_paper_s():
+    with torch.device("meta"):
+        pixels = PixelPerceiver()
+    assert sum(weight.numel() for weight in pixels.parameters()) == 42_379_344
+    assert sum(weight.numel() for weight in pixels.encoder.parameters()) == 587_976 + 32 * 96
+
+
+def test_the_algebra_holds_for_extreme_pixels():
+    """In float64, where what is left is algebra and not rounding."""
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=0), image_size=6)
+    randomise(pixels, 0.1).double()
+    folded = FoldedPixelPerceiver(pixels)
+    for image in (torch.zeros(1, 3, 6, 6), torch.full((1, 3, 6, 6), 255.0), torch.randn(1, 3, 6, 6) * 1e3):
+        with torch.no_grad():
+            torch.testing.assert_close(folded(image), pixels(image), atol=1e-11, rtol=1e-9)
+
+
+def test_text_of_any_kind_folds():
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=1), image_size=4)
+    folded, image = FoldedPixelPerceiver(pixels), torch.rand(2, 3, 4, 4)
+    ids, mask = caption_bytes(["a", "longer"])
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image), pixels(image))
+        torch.testing.assert_close(folded(image, ids), pixels(image, ids))
+        empty = torch.zeros_like(mask)
+        torch.testing.assert_close(folded(image, ids - 100, empty), pixels(image))
+        torch.testing.assert_close(pixels(image, ids - 100, empty), pixels(image))
+
+
+def test_half_precision_images_run():
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=1), image_size=4)
+    image = torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        expected = pixels(image)
+        for dtype in (torch.float16, torch.bfloat16):
+            assert (pixels(image.to(dtype)) - expected).abs().max() < 1e-3
+            assert (FoldedPixelPerceiver(pixels)(image.to(dtype)) - expected).abs().max() < 1e-3
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_bytes_are_numbered_as_transformers_does(captions):
+    ids, mask = caption_bytes(captions)
+    tokenizer = PerceiverTokenizer()
+    for row, kept, caption in zip(ids, mask, captions, strict=True):
+        assert row[kept].tolist() == [4, *(byte + 6 for byte in caption.encode()), 5]
+        if caption.isascii() and caption.isprintable() and "[" not in caption:  # the tokenizer strips and merges others
+            assert tokenizer(caption).input_ids == row[kept].tolist()
+        assert not row[~kept].any()
+
+
+def test_long_captions_are_cut_with_both_markers_left():
+    ids, mask = caption_bytes(["abcdef"], 5)
+    assert ids.tolist() == [[4, 103, 104, 105, 5]]
+    assert mask.all()
+    with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
+        caption_bytes(["a"], 1)
+
+
+def test_the_seed_decides_the_weights():
+    sizes = {"num_latents": 2, "num_self_attends": 0}
+    one, same, other = (PixelPerceiver(PerceiverEncoder(516, **sizes), image_size=2, seed=s) for s in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.pixel_positions, other.pixel_positions)
+    assert not torch.equal(one.encoder.latents, other.encoder.latents)
+
+
+def test_what_does_not_fit_is_refused():
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=2, num_self_attends=0), image_size=4, max_text_tokens=5)
+    folded = FoldedPixelPerceiver(pixels)
+    for form in (pixels, folded):
+        with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, 4, 4\), got \(1, 3, 5, 4\)"):
+            form(torch.zeros(1, 3, 5, 4))
+        with pytest.raises(ValueError, match=r"with T at most 5, got \(1, 6\). Truncate"):
+            form(torch.zeros(1, 3, 4, 4), torch.zeros(1, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"mask must have shape \(1, 3\), got \(1, 2\)"):
+        CaptionTokens(9, 5)(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="encoder must read tokens of width 516, got 128"):
+        PixelPerceiver(PerceiverEncoder(128))
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        FoldedPixelPerceiver(pixels, chunk=0)
+    state = transformers_model(2).state_dict()
+    state.pop("input_preprocessor.padding.text")
+    with pytest.raises(ValueError, match=r"missing \['input_preprocessor.padding.text'\] and unexpected \[\]"):
+        PixelPerceiver.from_hf_state_dict(state)

@@ -1,0 +1,226 @@
+"""The paper's own value encoder: a Perceiver over raw pixels and caption bytes, kept for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinyalign._checks import check_mask
+from tinyalign.perceiver import hf_weights
+from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
+from tinyalign.perceiver.weights import draw_linears, draw_normal
+
+PIXEL_CHANNELS = 256
+POSITION_CHANNELS = 256
+PADDING_CHANNELS = 4
+TEXT_CHANNELS = 128
+TOKEN_CHANNELS = PIXEL_CHANNELS + POSITION_CHANNELS + PADDING_CHANNELS
+
+
+class PixelPerceiver(nn.Module):
+    """Compatibility mode: one cross-attention over every pixel and every caption byte.
+
+    A pixel token is a 1x1 convolution of its three colours, a projected learned position, and learned padding; a byte
+    token is an embedding with a learned position, and learned padding. At the default size an image has 147,456 tokens
+    and a caption at most 512, which is why such a value says next to nothing about the caption. `forward` is the
+    straightforward computation; `FoldedPixelPerceiver` gives the same values in a fraction of the time and memory.
+
+    Args:
+        encoder: the encoder, reading tokens of width 516; None builds Table 3's.
+        image_size: side of the square images, in pixels.
+        vocab_size: number of token ids.
+        max_text_tokens: longest caption.
+        seed: what the weights are drawn from; None leaves the given encoder's alone and uses torch's generator.
+        device: where the weights live.
+        dtype: dtype of the weights.
+
+    Shape:
+        pixel_values: (B, 3, image_size, image_size), float. text: (B, T), long, or None. text_mask: (B, T), bool.
+        returns: (B, L, latent_dim).
+
+    Raises:
+        ValueError: another image size, a caption longer than the table.
+
+    Source:
+        Tran et al., "TinyAlign", Table 3; transformers' ``PerceiverModel`` with a ``PerceiverMultimodalPreprocessor``
+        of ``PerceiverImagePreprocessor`` ("conv1x1", trainable positions) and ``PerceiverTextPreprocessor``.
+
+    Example:
+        >>> import torch
+        >>> encoder = PerceiverEncoder(TOKEN_CHANNELS, num_latents=4, num_self_attends=1)
+        >>> pixels = PixelPerceiver(encoder, image_size=8)
+        >>> ids, mask = caption_bytes(["a red 7", "two"])
+        >>> pixels(torch.rand(2, 3, 8, 8), ids, mask).shape
+        torch.Size([2, 4, 96])
+    """
+
+    def __init__(
+        self,
+        encoder: PerceiverEncoder | None = None,
+        *,
+        image_size: int = 384,
+        vocab_size: int = 30522,
+        max_text_tokens: int = 512,
+        seed: int | None = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        encoder = PerceiverEncoder(TOKEN_CHANNELS, device=device, dtype=dtype) if encoder is None else encoder
+        if encoder.input_dim != TOKEN_CHANNELS:
+            raise ValueError(
+                f"PixelPerceiver: encoder must read tokens of width {TOKEN_CHANNELS}, got {encoder.input_dim}. Build "
+                f"it as PerceiverEncoder({TOKEN_CHANNELS}, ...)."
+            )
+        self.image_size = image_size
+        self.pixel_projection = nn.Linear(3, PIXEL_CHANNELS, device=device, dtype=dtype)
+        self.pixel_positions = nn.Parameter(torch.empty(image_size**2, POSITION_CHANNELS, device=device, dtype=dtype))
+        self.position_projection = nn.Linear(POSITION_CHANNELS, POSITION_CHANNELS, device=device, dtype=dtype)
+        self.pixel_padding = nn.Parameter(torch.empty(PADDING_CHANNELS, device=device, dtype=dtype))
+        self.caption = CaptionTokens(vocab_size, max_text_tokens, device=device, dtype=dtype)
+        self.encoder = encoder
+        self.reset_parameters(seed)
+
+    def reset_parameters(self, seed: int | None) -> None:
+        """Draw all weights from the seed, as transformers does: normal with 0.02."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if seed is not None:
+            self.encoder.reset_parameters(generator)
+        for projection in (self.pixel_projection, self.position_projection):
+            draw_linears(projection, INITIALIZER_RANGE, generator)
+        for table in (self.pixel_positions, self.pixel_padding, *self.caption.parameters()):
+            draw_normal(table, INITIALIZER_RANGE, generator)
+
+    def forward(self, pixel_values: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """Build all tokens and encode them."""
+        check_images("PixelPerceiver.forward", pixel_values, self.image_size)
+        tokens = self.pixel_tokens(pixel_values)
+        mask = None
+        if text is not None:
+            words = self.caption(text, text_mask)
+            if text_mask is not None:
+                kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+                mask = torch.cat((kept, text_mask), dim=1)
+            tokens = torch.cat((tokens, words), dim=1)
+        latents: Tensor = self.encoder(tokens, mask)
+        return latents
+
+    def pixel_tokens(self, pixel_values: Tensor) -> Tensor:
+        """(B, image_size ** 2, 516), in raster order."""
+        colours = self.pixel_projection(pixel_values.to(self.pixel_padding.dtype).flatten(2).transpose(1, 2))
+        places = self.position_projection(self.pixel_positions)
+        padding = self.pixel_padding.expand(places.shape[0], -1)
+        constant = torch.cat((places, padding), dim=1)
+        return torch.cat((colours, constant.expand(colours.shape[0], -1, -1)), dim=2)
+
+    @classmethod
+    def from_hf_state_dict(
+        cls, state: Mapping[str, Tensor], *, num_heads: int = 8, num_blocks: int = 1
+    ) -> PixelPerceiver:
+        """Build from the weights of the transformers model named under Source.
+
+        Raises:
+            ValueError: names missing or unexpected.
+        """
+        state, rest = hf_weights.import_pixels(state)
+        encoder = PerceiverEncoder.from_hf_state_dict(rest, num_heads=num_heads, num_blocks=num_blocks)
+        size = round(state["pixel_positions"].shape[0] ** 0.5)
+        pixels = cls(
+            encoder,
+            image_size=size,
+            vocab_size=state["caption.embedding.weight"].shape[0],
+            max_text_tokens=state["caption.positions"].shape[0],
+            seed=None,
+            device="meta",
+        )
+        own = {**{f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}, **state}
+        pixels.load_state_dict({name: weight.detach().clone() for name, weight in own.items()}, assign=True)
+        return pixels.requires_grad_(True)
+
+
+class CaptionTokens(nn.Module):
+    """Caption ids as tokens of the pixel encoder's width: embedding plus learned position, and learned padding.
+
+    Args:
+        vocab_size: number of token ids.
+        max_tokens: longest caption.
+        device: where the weights live.
+        dtype: dtype of the weights.
+
+    Shape:
+        text: (B, T), long. mask: (B, T), bool; masked ids may be any number. returns: (B, T, 516).
+
+    Raises:
+        ValueError: a caption longer than the table.
+
+    Example:
+        >>> import torch
+        >>> CaptionTokens(300, 8)(torch.tensor([[4, 103, 5]])).shape
+        torch.Size([1, 3, 516])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, TEXT_CHANNELS, device=device, dtype=dtype)
+        self.positions = nn.Parameter(torch.zeros(max_tokens, TEXT_CHANNELS, device=device, dtype=dtype))
+        self.padding = nn.Parameter(torch.zeros(TOKEN_CHANNELS - TEXT_CHANNELS, device=device, dtype=dtype))
+
+    def forward(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens of every id."""
+        longest = self.positions.shape[0]
+        if text.dim() != 2 or text.shape[1] > longest:
+            raise ValueError(
+                f"CaptionTokens.forward: text must be token ids of shape (B, T) with T at most {longest}, got "
+                f"{tuple(text.shape)}. Truncate the captions."
+            )
+        if mask is not None:
+            check_mask("CaptionTokens.forward", "mask", mask, (text.shape[0], text.shape[1]))
+            text = text.masked_fill(~mask, 0)
+        words = self.embedding(text) + self.positions[: text.shape[1]]
+        return torch.cat((words, self.padding.expand(*text.shape, -1)), dim=2)
+
+
+def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tensor, Tensor]:
+    """Captions as UTF-8 bytes the way Perceiver's tokenizer numbers them, right-padded, with their mask.
+
+    Args:
+        captions: texts; longer ones are cut so that both markers still fit.
+        max_tokens: longest sequence, the two markers included.
+
+    Shape:
+        returns: ids (B, T), long, and mask (B, T), bool.
+
+    Source:
+        transformers' ``PerceiverTokenizer``: six special ids, then the byte; [CLS] = 4 before, [SEP] = 5 after.
+
+    Example:
+        >>> caption_bytes(["a", ""])[0].tolist()
+        [[4, 103, 5], [4, 5, 0]]
+    """
+    if max_tokens < 2:
+        raise ValueError(f"caption_bytes: max_tokens must be at least 2, got {max_tokens}. The markers take two.")
+    rows = [[4, *(byte + 6 for byte in text.encode()[: max_tokens - 2]), 5] for text in captions]
+    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    return ids, mask
+
+
+def check_images(where: str, pixel_values: Tensor, image_size: int) -> None:
+    """Raise unless the images have three channels and the size that the positions were made for."""
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, image_size, image_size):
+        raise ValueError(
+            f"{where}: pixel_values must have shape (B, 3, {image_size}, {image_size}), got "
+            f"{tuple(pixel_values.shape)}. Resize the images: the positions were made for this size."
+        )
