@@ -78,16 +78,17 @@ class ChatRenderer:
                 continue
             before = self._apply(turns[:index], True) if index else ""
             after = self._apply(turns[: index + 1], False)
-            if before and text.startswith(before) and text.startswith(after) and len(after) > len(before):
-                start, end = len(before), len(after.rstrip("\n "))
-            else:  # a template that rewrites earlier turns: find the words themselves
-                start = text.find(turn.text.strip(), searched)
-                end = start + len(turn.text.strip())
-                if start < 0:
-                    raise ValueError(
-                        f"ChatRenderer: the chat template must keep what the assistant says, got {text!r} without "
-                        f"{turn.text!r}. Use a template that does, or another renderer."
-                    )
+            said = turn.text.strip()
+            start, end = len(before), len(after.rstrip("\n "))
+            if not (before and text.startswith(before) and text.startswith(after) and said in text[start:end]):
+                # A template that rewrites earlier turns: find the words themselves.
+                start = text.find(said, searched)
+                end = start + len(said)
+            if start < 0:
+                raise ValueError(
+                    f"ChatRenderer: the chat template must keep what the assistant says, got {text!r} without "
+                    f"{turn.text!r}. Use a template that does, or another renderer."
+                )
             spans.append((start, end))
             searched = end
         return Rendered(text, tuple(spans))
