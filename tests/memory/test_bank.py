@@ -216,7 +216,7 @@ def test_merge_keeps_order_and_refuses_strangers(random_bank):
         MemoryBank.merge([])
     with pytest.raises(ValueError, match="banks must agree, got BankSpec"):
         MemoryBank.merge([one, random_bank(2, start=900, metric="ip")])
-    with pytest.raises(ValueError, match="key.a"):
+    with pytest.raises(ValueError, match=r"key.a"):
         MemoryBank.merge([one, random_bank(2, start=900, fingerprint={"key.a": 1})])
 
 

@@ -38,7 +38,7 @@ def test_without_groups_twins_count_as_near_duplicates(planted):
 
 
 def test_samples_outside_the_bank_do_not_leak(planted):
-    bank, keys = planted
+    bank, _ = planted
     report = leakage_report(bank, torch.randn(6, 16), range(100, 106), k=3)
     assert report.without_exclusion[:2] == (0, 0)
     assert report.with_exclusion[:2] == (0, 0)

@@ -52,7 +52,7 @@ def test_tied_to_keys_and_ids_but_not_to_how_they_are_stored(random_bank, tmp_pa
     bank.save(tmp_path / "bank")
     NeighbourTable.load(tmp_path / "t", bank=MemoryBank.load(tmp_path / "bank"))
     bank.remove([100])
-    with pytest.raises(FingerprintMismatch, match="generation 0, 40 entries.*with 39 entries. Run precompute"):
+    with pytest.raises(FingerprintMismatch, match=r"generation 0, 40 entries.*with 39 entries. Run precompute"):
         NeighbourTable.load(tmp_path / "t", bank=bank)
     with pytest.raises(FingerprintMismatch):
         NeighbourTable.load(tmp_path / "t", bank=random_bank(seed=3))

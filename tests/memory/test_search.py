@@ -37,7 +37,7 @@ def test_equals_a_full_sort(random_bank, full_sort, metric, key_dtype, num_queri
 
 
 def test_equals_a_full_sort_over_many_blocks(random_bank, full_sort, monkeypatch):
-    for name, size in {"ROWS_AT_ONCE": 64, "ROWS_CONVERTED": 16, "CHUNK": 2, "QUERIES_AT_ONCE": 3}.items():
+    for name, size in {"ROWS_AT_ONCE": 64, "BYTES_CONVERTED": 512, "CHUNK": 2, "QUERIES_AT_ONCE": 3}.items():
         monkeypatch.setattr(engine, name, size)
     bank = random_bank(333)
     bank.remove(bank.ids[5:50:3])
@@ -195,7 +195,7 @@ def test_fingerprint_of_a_query(random_bank):
         bank.search(queries, fingerprint={"key.encoder": "clip"})
     with pytest.raises(FingerprintMismatch, match=r"key\.layer \(bank: 'nothing', given: -2\)"):
         bank.search(queries, fingerprint={"key.encoder": "siglip", "key.layer": -2})
-    with pytest.raises(FingerprintMismatch, match="value.compressor"):
+    with pytest.raises(FingerprintMismatch, match=r"value.compressor"):
         bank.require_fingerprint({"key.encoder": "siglip", "value.compressor": "b"})
 
 

@@ -62,7 +62,7 @@ def load(path: Path, *, mapped: bool, caller: str) -> Loaded:
     for segment in opened.segments:
         contents.table.attach(segment)
     contents.table.mark_dead(opened.dead)
-    return Loaded(contents, manifest.fingerprint, Home(path, manifest, mapped))
+    return Loaded(contents, dict(manifest.fingerprint), Home(path, manifest, mapped))
 
 
 def save_all(
@@ -101,7 +101,8 @@ def commit(contents: Contents, fingerprint: Fingerprint, home: Home, caller: str
             kept = sum(segment.rows for segment in before.segments)
             rows = np.arange(kept, contents.table.total, dtype=np.int64)
             entry = _write_segment(contents, rows, folder, removed=contents.table.dead)
-        manifest = _manifest(contents, fingerprint, generation, (*before.segments, entry), before)
+        added = (entry,) if entry.files else ()
+        manifest = _manifest(contents, fingerprint, generation, (*before.segments, *added), before)
         publish(home.directory, manifest, caller)
     return manifest
 
@@ -167,7 +168,7 @@ def _manifest(
         next_id=contents.next_id,
         segments=segments,
         pointers=pointers,
-        fingerprint=fingerprint,
+        fingerprint=dict(fingerprint),
     )
 
 

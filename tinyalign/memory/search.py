@@ -14,7 +14,7 @@ from tinyalign.memory.rows import RowTable
 
 QUERIES_AT_ONCE = 256
 ROWS_AT_ONCE = 16384  # scores of one pass: 16 MB at 256 queries
-ROWS_CONVERTED = 1024  # fp16 keys turned to fp32 while they sit in cache
+BYTES_CONVERTED = 2 << 20  # fp16 keys are turned to fp32 in pieces that stay in cache
 CHUNK = 64  # the maxima of chunks are compared before their members
 SPARE = 8  # candidates beyond k, so that the exact scores decide the order
 
@@ -58,10 +58,10 @@ def score_blocks(queries: Tensor, blocks: Iterable[tuple[int, Tensor]]) -> Itera
                 yield first + start, scores
                 continue
             if work is None:
-                work = torch.empty(ROWS_CONVERTED, keys.shape[1])
-            for begin in range(0, part.shape[0], ROWS_CONVERTED):
-                converted = work[: min(ROWS_CONVERTED, part.shape[0] - begin)]
-                converted.copy_(part[begin : begin + ROWS_CONVERTED])
+                work = torch.empty(max(1, BYTES_CONVERTED // (4 * keys.shape[1])), keys.shape[1])
+            for begin in range(0, part.shape[0], work.shape[0]):
+                converted = work[: min(work.shape[0], part.shape[0] - begin)]
+                converted.copy_(part[begin : begin + work.shape[0]])
                 target = scores[:, begin : begin + converted.shape[0]]
                 if queries.shape[0] == 1:
                     torch.mv(converted, queries[0], out=target[0])

@@ -1,0 +1,148 @@
+"""SIGKILL at random moments of every kind of writing: what remains is the old bank or the new one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from tinyalign.memory import BuildOptions, EncodedBatch, MemoryBank, build_memory_bank
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+KILLS = 100 // 5  # per kind of writing
+
+
+def stamped(stamp: int, num: int = 60, start: int = 0) -> MemoryBank:
+    """A bank whose keys, values and metadata all carry one number."""
+    bank = MemoryBank(4, (16, 16), metric="ip")
+    keys = torch.full((num, 4), float(stamp))
+    note = [{"stamp": stamp}] * num
+    bank.add(keys, torch.full((num, 16, 16), float(stamp)), ids=range(start, start + num), metadata=note)
+    return bank
+
+
+def killed(write, seed: int) -> bool:
+    """Run ``write`` in a child, kill it after a random while; True if it had to be killed."""
+    child = os.fork()
+    if not child:
+        try:
+            write()
+        finally:
+            os._exit(0)
+    time.sleep(random.Random(seed).uniform(0.0, 0.25))
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def stamps(bank: MemoryBank, ids: torch.Tensor) -> set[float]:
+    """Every number that keys, values and metadata of some entries carry."""
+    values, _ = bank.gather(ids)
+    return {*bank.keys(ids).unique().tolist(), *values.unique().tolist(), *(n["stamp"] for n in bank.metadata(ids))}
+
+
+def test_kills_during_save(tmp_path):
+    path = tmp_path / "bank"
+    stamped(0).save(path)
+    states = [0]
+    for seed in range(KILLS):
+        stamp = seed + 1
+        assert killed(lambda stamp=stamp: [stamped(stamp).save(path) for _ in range(100)], seed)
+        bank = MemoryBank.load(path)
+        bank.verify()
+        found = stamps(bank, bank.ids)
+        assert len(found) == 1
+        states.append(int(found.pop()))
+    assert states == sorted(states)
+    assert len(set(states)) > KILLS // 4  # many kills came after a switch, and none mixed
+
+
+def test_kills_during_add_and_commit(tmp_path):
+    path = tmp_path / "bank"
+    stamped(0).save(path)
+    done = tmp_path / "done"
+    done.write_text("0")
+
+    def grow():
+        bank = MemoryBank.load(path)
+        while True:
+            stamp = bank.generation
+            new = stamped(stamp, start=60 * stamp)
+            bank.add(new.keys(), new.gather(new.ids)[0], ids=new.ids, metadata=new.metadata(new.ids))
+            bank.remove([60 * stamp - 1])
+            bank.commit()
+            done.write_text(str(stamp))
+
+    for seed in range(KILLS):
+        assert killed(grow, seed)
+        bank = MemoryBank.load(path)
+        bank.verify()
+        promised = int(done.read_text() or 0)
+        assert bank.generation - 1 >= promised  # what commit() returned from is there
+        for stamp in range(bank.generation):
+            ids = bank.ids[bank.ids // 60 == stamp]
+            assert len(ids) == (60 if stamp == bank.generation - 1 else 59)
+            assert stamps(bank, ids) == {float(stamp)}
+    assert bank.generation > KILLS // 4
+
+
+def test_kills_during_merge_and_compact(tmp_path):
+    path = tmp_path / "bank"
+    parts = [stamped(1), stamped(1, start=60)]
+    MemoryBank.merge(parts).save(path)
+
+    def rewrite():
+        while True:
+            MemoryBank.merge([stamped(2), stamped(2, start=60)]).save(path)
+            bank = MemoryBank.load(path)
+            bank.remove([0, 119])
+            bank.commit()
+            bank.compact()
+
+    sizes = set()
+    for seed in range(KILLS):
+        assert killed(rewrite, seed)
+        bank = MemoryBank.load(path)
+        bank.verify()
+        assert len(bank) in (118, 120)
+        assert stamps(bank, bank.ids) in ({1.0}, {2.0})
+        sizes.add(len(bank))
+    assert stamps(bank, bank.ids) == {2.0}
+
+
+def test_kills_during_build(tmp_path):
+    path = tmp_path / "bank"
+    stamped(7).save(path)
+    encoded = tmp_path / "encoded"
+
+    def encode(records):
+        with open(encoded, "a") as log:
+            log.write("".join(f"{r}\n" for r in records))
+        keys = torch.full((len(records), 4), 5.0)
+        notes = [{"stamp": 5}] * len(records)
+        return EncodedBatch(keys, torch.full((len(records), 16, 16), 5.0), ids=records, metadata=notes)
+
+    def build():
+        build_memory_bank(
+            range(400), encode, path, batch_size=5, progress=False, options=BuildOptions(metric="ip", commit_every=10)
+        )
+
+    kills = 0
+    for seed in range(KILLS):
+        if not killed(build, seed):
+            break
+        kills += 1
+        bank = MemoryBank.load(path)
+        bank.verify()
+        assert (len(bank), stamps(bank, bank.ids)) in ((60, {7.0}), (400, {5.0}))
+    build()
+    bank = MemoryBank.load(path)
+    bank.verify()
+    assert bank.ids.tolist() == list(range(400))
+    assert stamps(bank, bank.ids) == {5.0}
+    if kills >= KILLS // 2:  # each kill costs at most the block under way
+        rebuilt = len(encoded.read_text().splitlines())
+        assert rebuilt <= 2 * 400 + 15 * kills
