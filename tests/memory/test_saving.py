@@ -24,6 +24,7 @@ from tinyalign.memory import (
 )
 from tinyalign.memory.lock import writer_lock
 from tinyalign.memory.manifest import BLOCK_BYTES
+from tinyalign.memory.saving import fold_point
 
 
 def same(one, two):
@@ -104,7 +105,7 @@ def test_a_writer_that_fell_behind_is_refused(random_bank, tmp_path):
     two.remove([101])
     one.commit()
     for write in (two.commit, two.compact, lambda: two.save(path)):
-        with pytest.raises(StaleBankError, match="must still be at generation 1, got generation 2.*load it again"):
+        with pytest.raises(StaleBankError, match=r"must still be at generation 1, got generation 2.*load it again"):
             write()
     assert 101 in MemoryBank.load(path)
     shutil.rmtree(path)
@@ -121,7 +122,7 @@ def test_a_second_writer_at_once_is_refused_with_the_owners_name(random_bank, tm
     bank.remove([100])
     with writer_lock(path, "test"), pytest.raises(BankLockedError, match=f"process {os.getpid()} on .* holds it"):
         bank.commit()
-    with writer_lock(path, "test"), pytest.raises(BankLockedError, match="MemoryBank.save: .* one writer at a time"):
+    with writer_lock(path, "test"), pytest.raises(BankLockedError, match=r"MemoryBank.save: .* one writer at a time"):
         random_bank().save(path)
     assert bank.commit() == 2
     (path / "lock").write_text("?")
@@ -235,7 +236,7 @@ def test_every_edit_of_the_manifest_is_refused(saved):
         with pytest.raises(BankCorruptedError, match=r"manifest\.json"):
             MemoryBank.load(saved)
     manifest.write_text(json.dumps({**content, "version": 2}))
-    with pytest.raises(BankError, match="must have format version 1, got 2. Update tinyalign"):
+    with pytest.raises(BankError, match=r"must have format version 1, got 2. Update tinyalign"):
         MemoryBank.load(saved)
 
 
@@ -288,7 +289,7 @@ def test_a_full_disk_at_the_manifest(random_bank, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store, "write_json", no_room)
-    with pytest.raises(BankError, match="room for a manifest, got 'No space left on device'.*as it was"):
+    with pytest.raises(BankError, match=r"room for a manifest, got 'No space left on device'.*as it was"):
         bank.commit()
     assert 100 in MemoryBank.load(tmp_path / "bank")
     monkeypatch.undo()
@@ -311,3 +312,39 @@ def test_loading_maps_keys_and_values(saved):
     whole = MemoryBank.load(saved, mmap=False)
     assert not any(name in mapped.read_text() for name in names)
     whole.verify()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([], 0),
+        ([5] * 31, 31),
+        ([5] * 32, 0),
+        ([1000] + [5] * 31, 1),
+        ([1000, 400] + [5] * 30, 2),
+        ([3, 1000] + [5] * 30, 2),
+        ([10, 1000, 0, 0] + [1] * 60, 2),
+    ],
+)
+def test_fold_point(rows, kept):
+    assert fold_point(rows) == kept
+
+
+def test_many_commits_keep_few_segments_and_every_entry(tmp_path):
+    path, model = tmp_path / "bank", {}
+    bank = MemoryBank(4, (2,), metric="ip")
+    bank.save(path)
+    for step in range(70):
+        bank.add(torch.full((2, 4), float(step)), torch.full((2, 2), float(step)), ids=[2 * step, 2 * step + 1])
+        model.update({2 * step: step, 2 * step + 1: step})
+        if step % 3 == 2:
+            gone = sorted(model)[step % 7]
+            bank.remove([gone])
+            del model[gone]
+        bank.commit()
+        assert len(list((path / "segments").iterdir())) <= 33
+    loaded = MemoryBank.load(path)
+    loaded.verify()
+    assert {i: float(loaded[i].value[0]) for i in loaded.ids.tolist()} == model
+    assert {i: float(loaded[i].key[0]) for i in loaded.ids.tolist()} == model
+    same(loaded, bank)

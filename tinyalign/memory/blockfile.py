@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import warnings
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import xxhash
 from torch import Tensor
 
 from tinyalign.memory.manifest import BLOCK_BYTES, FileEntry
+from tinyalign.memory.pages import Pages
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -72,28 +72,28 @@ def bad_blocks(path: Path, entry: FileEntry) -> list[str]:
     return [f"{len(bad)} damaged block(s) of {BLOCK_BYTES} bytes: {listed}"]
 
 
-def map_file(
-    path: Path, dtype: torch.dtype, shape: tuple[int, ...], *, mapped: bool
-) -> tuple[Tensor, mmap.mmap | None]:
-    """Open a file as a tensor: its pages shared with every process that maps it, or read into memory.
+def read_file(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Read a file into memory as a tensor."""
+    room = torch.empty(shape, dtype=dtype)
+    view = tensor_bytes(room)
+    with open(path, "rb", buffering=0) as stream:
+        at = 0
+        while at < len(view):
+            count = stream.readinto(view[at : at + (1 << 30)])
+            if not count:
+                raise EOFError(f"{path} ended early")
+            at += count
+    return room
 
-    The tensor of a mapping must never be written to or handed out: its memory is read-only.
+
+def map_file(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Pages | None]:
+    """Open a file as a tensor whose pages are shared with every process that maps it.
+
+    The tensor must never be written to or handed out: its memory is read-only.
     """
     if not path.stat().st_size:
         return torch.empty(shape, dtype=dtype), None
-    if not mapped:
-        room = torch.empty(shape, dtype=dtype)
-        view = tensor_bytes(room)
-        with open(path, "rb", buffering=0) as stream:
-            at = 0
-            while at < len(view):
-                count = stream.readinto(view[at : at + (1 << 30)])
-                if not count:
-                    raise EOFError(f"{path} ended early")
-                at += count
-        return room, None
-    with open(path, "rb") as stream:
-        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    pages = Pages(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(pages, dtype=dtype).reshape(shape), pages
+        return torch.frombuffer(pages.memory, dtype=dtype).reshape(shape), pages

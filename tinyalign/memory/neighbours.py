@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyalign._files import replace_directory, write_json
 from tinyalign.memory.bank import MemoryBank
-from tinyalign.memory.blockfile import bad_blocks, map_file, tensor_bytes, write_blocks
+from tinyalign.memory.blockfile import bad_blocks, map_file, read_file, tensor_bytes, write_blocks
 from tinyalign.memory.errors import BankCorruptedError, FingerprintMismatch, UnknownIdError
 from tinyalign.memory.inputs import int_vector, query_ids
 from tinyalign.memory.manifest import FileEntry
@@ -106,7 +106,7 @@ class NeighbourTable:
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 raise BankCorruptedError(f"{where}: {file} must have {size} bytes, got {found}. Make the table anew.")
-            columns[name] = map_file(file, dtype, shape, mapped=name != "sample_ids.bin")[0]
+            columns[name] = map_file(file, dtype, shape)[0] if len(shape) == 2 else read_file(file, dtype, shape)
         table = cls(columns["sample_ids.bin"], columns["ids.bin"], columns["scores.bin"], facts)
         if bank is not None:
             table.require_bank(bank)

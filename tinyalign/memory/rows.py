@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -147,19 +147,26 @@ class RowTable:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return positions, order[np.repeat(begin, counts) + within]
 
-    def gather(self, rows: Tensor, column: str, take: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    def gather(self, rows: Tensor, column: str) -> Tensor:
         """Return one column at row numbers (n,), all of them valid."""
-        take = take or (lambda table, at: table.index_select(0, at))
         if len(self._segments) == 1:
-            return take(getattr(self._segments[0].columns, column), rows)
+            return self._take(self._segments[0], rows, column)
         template = getattr(self._template, column)
         out = torch.empty((rows.shape[0], *template.shape[1:]), dtype=template.dtype)
-        for start, columns in self.blocks():
-            here = (rows >= start) & (rows < start + columns.ids.shape[0])
-            at = here.nonzero().squeeze(1)
+        start = 0
+        for segment in self._segments:
+            at = ((rows >= start) & (rows < start + len(segment))).nonzero().squeeze(1)
             if at.numel():
-                out[at] = take(getattr(columns, column), rows[at] - start)
+                out[at] = self._take(segment, rows[at] - start, column)
+            start += len(segment)
         return out
+
+    @staticmethod
+    def _take(segment: Segment, rows: Tensor, column: str) -> Tensor:
+        table: Tensor = getattr(segment.columns, column)
+        if column == "values" and isinstance(segment, FixedSegment):
+            segment.expect(rows)
+        return table.index_select(0, rows)
 
     def columns_at(self, rows: Tensor) -> Columns:
         """Return every column at row numbers (n,)."""

@@ -16,7 +16,7 @@ from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError, StaleBankError
 from tinyalign.memory.fingerprint import Fingerprint, require_match
 from tinyalign.memory.lock import writer_lock
-from tinyalign.memory.manifest import Manifest, SegmentEntry
+from tinyalign.memory.manifest import POINTERS, Manifest, SegmentEntry
 from tinyalign.memory.segment import GrowingSegment
 from tinyalign.memory.store import (
     ROWS_PER_WRITE,
@@ -28,6 +28,8 @@ from tinyalign.memory.store import (
     sweep,
     write_rows,
 )
+
+MOST_SEGMENTS = 32  # each one open costs a few file handles
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,31 @@ def commit(contents: Contents, fingerprint: Fingerprint, home: Home, caller: str
         before = _unchanged(home, caller)
         sweep(home.directory, before)
         generation = before.generation + 1
+        kept = before.segments[: fold_point([segment.rows for segment in before.segments])]
+        base = sum(segment.rows for segment in kept)
+        rows, dead = contents.table.live_rows(), contents.table.dead
         with new_segment(home.directory, generation, caller) as folder:
-            kept = sum(segment.rows for segment in before.segments)
-            rows = np.arange(kept, contents.table.total, dtype=np.int64)
-            entry = _write_segment(contents, rows, folder, removed=contents.table.dead)
-        added = (entry,) if entry.files else ()
-        manifest = _manifest(contents, fingerprint, generation, (*before.segments, *added), before)
+            entry = _write_segment(contents, rows[rows >= base], folder, removed=dead[dead < base])
+        kept = tuple(segment for segment in kept if segment.rows)
+        manifest = _manifest(contents, fingerprint, generation, (*kept, *([entry] if entry.files else [])))
         publish(home.directory, manifest, caller)
     return manifest
+
+
+def fold_point(rows: Sequence[int]) -> int:
+    """Return how many segments the next generation keeps as they are; those after it are written anew, joined.
+
+    Nothing is joined up to ``MOST_SEGMENTS``; beyond, the shortest run of last segments that the one before it
+    outweighs twice, so that over many commits each entry is rewritten a logarithmic number of times.
+    """
+    if len(rows) < MOST_SEGMENTS:
+        return len(rows)
+    behind = 0
+    for kept in range(len(rows), 0, -1):
+        if behind and rows[kept - 1] >= 2 * behind and kept < MOST_SEGMENTS // 2:
+            return kept
+        behind += rows[kept - 1]
+    return 0
 
 
 def _unchanged(home: Home, caller: str) -> Manifest:
@@ -149,15 +168,11 @@ def _manifest(
     fingerprint: Fingerprint,
     generation: int,
     segments: tuple[SegmentEntry, ...],
-    before: Manifest | None = None,
     codec: ValueCodec | None = None,
 ) -> Manifest:
     spec = contents.spec
-    pointers = dict(before.pointers) if before else {}
     last = segments[-1] if segments else None
-    for role in ("center", "removed"):
-        if last is not None and f"{role}.bin" in last.files:
-            pointers[role] = last.name
+    pointers = {role: last.name for role in POINTERS if last is not None and f"{role}.bin" in last.files}
     return Manifest(
         generation=generation,
         key_dim=spec.key_dim,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinyalign.memory.pages import Pages
+
 
 class Columns(NamedTuple):
     """The entries of a segment, column by column; n rows in each."""
@@ -48,10 +50,13 @@ def decode_note(raw: bytes) -> dict[str, Any]:
 class FixedSegment:
     """Entries that no longer change: mapped from files, or loaded whole."""
 
-    def __init__(self, columns: Columns, notes: Notes | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, columns: Columns, notes: Notes | None = None, name: str | None = None, pages: Pages | None = None
+    ) -> None:
         self.columns = columns
         self.notes = notes
         self.name = name
+        self.pages = pages  # of the values
 
     def __len__(self) -> int:
         return int(self.columns.ids.shape[0])
@@ -60,6 +65,11 @@ class FixedSegment:
     def has_notes(self) -> bool:
         """True when some entry has metadata."""
         return self.notes is not None
+
+    def expect(self, rows: Tensor) -> None:
+        """Announce that the values of rows (n,) are about to be read."""
+        if self.pages is not None:
+            self.pages.expect(rows.numpy(), self.columns.values.shape[1] * self.columns.values.element_size())
 
     def note(self, row: int) -> bytes:
         """Return the metadata of one row as JSON bytes."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from tinyalign._files import fsync_directory, write_json
-from tinyalign.memory.blockfile import bad_blocks, map_file, tensor_bytes, write_blocks
+from tinyalign.memory.blockfile import bad_blocks, map_file, read_file, tensor_bytes, write_blocks
 from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES
 from tinyalign.memory.errors import BankCorruptedError, BankError
 from tinyalign.memory.manifest import MANIFEST, SEGMENTS, FileEntry, Manifest, SegmentEntry, read_manifest
+from tinyalign.memory.pages import Pages
 from tinyalign.memory.rows import RowTable
 from tinyalign.memory.segment import Columns, FixedSegment, Notes
 
@@ -166,7 +167,7 @@ def _open(directory: Path, manifest: Manifest, caller: str, *, mapped: bool) -> 
             if owner == entry.name:
                 small[role] = _read_small(folder / f"{role}.bin", entry.files[f"{role}.bin"], caller)
         if entry.rows:
-            segments.append(_open_segment(folder, manifest, entry, mapped=mapped))
+            segments.append(_open_segment(folder, manifest, entry, caller, mapped=mapped))
         first += entry.rows
     dead = small["removed"].view(torch.int64).numpy() if "removed" in small else np.zeros(0, dtype=np.int64)
     if len(dead) and (dead[0] < 0 or dead[-1] >= first or (np.diff(dead) <= 0).any()):
@@ -181,27 +182,34 @@ def _read_small(path: Path, entry: FileEntry, caller: str) -> Tensor:
     wrong = bad_blocks(path, entry)
     if wrong:
         raise BankCorruptedError(f"{caller}: {path} must match its checksum, got {wrong[0]}. Restore it from a copy.")
-    return map_file(path, torch.uint8, (entry.size,), mapped=False)[0]
+    return read_file(path, torch.uint8, (entry.size,))
 
 
-def _open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry, *, mapped: bool) -> FixedSegment:
+def _open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry, caller: str, *, mapped: bool) -> FixedSegment:
     n = entry.rows
 
-    def column(name: str, dtype: torch.dtype, *shape: int, mapped: bool = mapped) -> Tensor:
-        return map_file(folder / name, dtype, shape, mapped=mapped)[0]
+    def large(name: str, dtype: torch.dtype, *shape: int) -> tuple[Tensor, Pages | None]:
+        return map_file(folder / name, dtype, shape) if mapped else (read_file(folder / name, dtype, shape), None)
 
+    def small(name: str, dtype: torch.dtype) -> Tensor:
+        return _read_small(folder / name, entry.files[name], caller).view(dtype)
+
+    values, pages = large("values.bin", VALUE_DTYPES[manifest.value_dtype], n, manifest.value_size)
+    keys, key_pages = large("keys.bin", KEY_DTYPES[manifest.key_dtype], n, manifest.key_dim)
+    if key_pages is not None:
+        key_pages.read_in_order()
     columns = Columns(
-        keys=column("keys.bin", KEY_DTYPES[manifest.key_dtype], n, manifest.key_dim),
-        values=column("values.bin", VALUE_DTYPES[manifest.value_dtype], n, manifest.value_size),
-        ids=column("ids.bin", torch.int64, n, mapped=False),
-        groups=column("groups.bin", torch.int64, n, mapped=False),
-        scales=column("scales.bin", torch.float32, n) if "scales.bin" in entry.files else None,
+        keys=keys,
+        values=values,
+        ids=small("ids.bin", torch.int64),
+        groups=small("groups.bin", torch.int64),
+        scales=small("scales.bin", torch.float32) if "scales.bin" in entry.files else None,
     )
     notes = None
     if "notes.bin" in entry.files:
-        text = column("notes.bin", torch.uint8, entry.files["notes.bin"].size)
-        notes = Notes(text, column("note_offsets.bin", torch.int64, n + 1, mapped=False))
-    return FixedSegment(columns, notes, entry.name)
+        text, _ = large("notes.bin", torch.uint8, entry.files["notes.bin"].size)
+        notes = Notes(text, small("note_offsets.bin", torch.int64))
+    return FixedSegment(columns, notes, entry.name, pages)
 
 
 def damage(directory: Path, manifest: Manifest) -> list[str]:
