@@ -193,7 +193,7 @@ def test_the_report_says_what_ran_and_why():
         "it has no kernels for cpu tensors",
         "head widths must be multiples of 8 in torch.float16, got 12 and 12",
     )
-    assert report.ran[AttentionSpec("cpu", torch.float32, 6, 6, False)] == ("reference", "the argument")
+    assert report.ran[AttentionSpec("cpu", torch.float32, 6, 6, "none")] == ("reference", "the argument")
     assert "sdpa runs (chosen by auto)" in str(report)
     assert "xformers: it has no kernels for cpu tensors; head widths" in str(report)
 
@@ -217,11 +217,11 @@ def test_the_real_xformers_backend_declines_on_the_cpu_without_an_import():
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ImportError("no module"), "it is not installed"),
+        (ImportError("no module"), "it is not installed or does not load (no module)"),
         (AttributeError("no memory_efficient_attention"), "lacks the operator (no memory_efficient_attention)"),
         (
             NotImplementedError("No operator found\nwith details"),
-            "a trial call failed (NotImplementedError: No operator found)",
+            "a trial call failed (NotImplementedError: No operator found with details)",
         ),
         (RuntimeError(), "a trial call failed (RuntimeError: "),
     ],
@@ -229,21 +229,21 @@ def test_the_real_xformers_backend_declines_on_the_cpu_without_an_import():
 def test_a_failed_trial_call_becomes_the_reason_and_is_made_once(monkeypatch, error, reason):
     backend, calls = Xformers(), []
 
-    def trial(dtype, masked):
-        calls.append((dtype, masked))
+    def trial(dtype, mask):
+        calls.append((dtype, mask))
         raise error
 
     monkeypatch.setattr(backend, "_trial_call", trial)
-    spec = AttentionSpec("cuda", torch.float16, 16, 16, True)
+    spec = AttentionSpec("cuda", torch.float16, 16, 16, "dense")
     for _ in range(3):
         (said,) = backend.reasons_against(spec)
         assert reason in said
-    assert calls == [(torch.float16, True)]
+    assert calls == [(torch.float16, "dense")]
     assert backend.reasons_against(spec._replace(dtype=torch.float64)) == ("it does not take torch.float64",)
     assert backend.reasons_against(spec._replace(value_dim=12)) == (
         "head widths must be multiples of 8 in torch.float16, got 16 and 12",
     )
-    assert calls == [(torch.float16, True)]
+    assert calls == [(torch.float16, "dense")]
 
 
 def test_xformers_gets_its_own_layout_and_an_aligned_full_bias(monkeypatch):

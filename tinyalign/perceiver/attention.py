@@ -6,12 +6,13 @@ import contextvars
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyalign.perceiver.attention_backends import AttentionSpec, Backend, Reference, Sdpa, Xformers
+from tinyalign.perceiver.packing import PackedTokens
 
 ENVIRONMENT_VARIABLE = "TINYALIGN_ATTENTION_BACKEND"
 
@@ -155,7 +156,7 @@ def attend(
         # A row without keys would be NaN in some kernels: let it look everywhere, then blank the result.
         some = keep.any(dim=-1, keepdim=True)
         keep = keep | ~some
-    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[3], keep is not None)
+    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[3], "none" if keep is None else "dense")
     chosen, chosen_by = _choose(spec, backend)
     if not torch.compiler.is_compiling():
         _last_run[spec] = (chosen.name, chosen_by)
@@ -163,12 +164,57 @@ def attend(
     return out if some is None else out.masked_fill(~some, 0.0)
 
 
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """`attend` over ragged rows whose padding was left out: the same result as with the mask.
+
+    xformers runs it as a block-diagonal mask, torch as variable-length flash attention (16 bit on CUDA); anything else
+    goes through the padded form. The choice is made as in `attend`.
+
+    Args:
+        q: queries.
+        k: keys of all rows, end to end.
+        v: values of all rows.
+        packed: which token belongs to which row.
+        scale: factor on the scores; None is ``head_dim ** -0.5``.
+        backend: "auto", "xformers", "sdpa" or "reference".
+
+    Shape:
+        q: (B, H, M, d) or (1, H, M, d). k: (total, H, d). v: (total, H, e). returns: (B, H, M, e).
+
+    Raises:
+        ValueError: keys that are not as many as the packed tokens.
+        AttentionBackendError: the backend asked for cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> from tinyalign.perceiver.packing import pack
+        >>> packed = pack(torch.tensor([[[1.0], [3.0]], [[5.0], [9.0]]]), torch.tensor([[True, True], [True, False]]))
+        >>> q, k = torch.zeros(1, 1, 1, 4), torch.zeros(3, 1, 4)
+        >>> attend_packed(q, k, packed.tokens[:, None], packed).flatten().tolist()
+        [2.0, 5.0]
+    """
+    total = packed.tokens.shape[0]
+    if k.dim() != 3 or v.dim() != 3 or k.shape[0] != total or v.shape[0] != total:
+        raise ValueError(
+            f"attend_packed: k and v must have shape ({total}, heads, width), one per packed token, got "
+            f"{tuple(k.shape)} and {tuple(v.shape)}. Project the packed tokens."
+        )
+    q = q.expand(packed.keep.shape[0], -1, -1, -1)
+    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[2], "packed")
+    chosen, chosen_by = _choose(spec, backend)
+    _last_run[spec] = (chosen.name, chosen_by)
+    out = chosen.run_packed(q, k, v, packed, q.shape[3] ** -0.5 if scale is None else scale)
+    return out.masked_fill(packed.empty[:, None, None, None], 0.0)
+
+
 def attention_report(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     head_dim: int = 12,
-    masked: bool = False,
+    mask: Literal["none", "dense", "packed"] = "none",
 ) -> AttentionReport:
     """Say which attention kernel runs for a kind of call and why the others do not.
 
@@ -176,7 +222,7 @@ def attention_report(
         device: where the tensors are.
         dtype: their dtype.
         head_dim: width of a head; the Perceiver of the paper has 96 / 8 = 12, padded to 16 on CUDA in 16 bit.
-        masked: whether the call carries a mask.
+        mask: "none"; "dense", a boolean mask; or "packed", ragged rows without their padding.
 
     Example:
         >>> report = attention_report("cpu")
@@ -185,7 +231,7 @@ def attention_report(
         >>> report.reasons["xformers"]
         ('it has no kernels for cpu tensors',)
     """
-    spec = AttentionSpec(torch.device(device).type, dtype, head_dim, head_dim, masked)
+    spec = AttentionSpec(torch.device(device).type, dtype, head_dim, head_dim, mask)
     chosen, chosen_by = _choose(spec, "auto")
     reasons = {name: backend.reasons_against(spec) for name, backend in BACKENDS.items()}
     return AttentionReport(chosen.name, chosen_by, reasons, dict(_last_run))

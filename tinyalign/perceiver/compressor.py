@@ -16,6 +16,7 @@ from tinyalign._files import hash_tensors
 from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
 from tinyalign.perceiver.layers import PerceiverLayer
+from tinyalign.perceiver.packing import pack
 from tinyalign.perceiver.positions import sinusoids
 from tinyalign.perceiver.weights import draw_linears, draw_normal
 
@@ -197,8 +198,19 @@ class PerceiverCompressor(nn.Module):
             tokens = torch.cat((image, words), dim=1)
             return self.encoder(tokens, _concatenate(image, image_mask, words, text_mask))  # type: ignore[no-any-return]
         seen = self.encoder.read(image, image_mask)
-        heard = self.text_attention(self.encoder.latents.unsqueeze(0), words, text_mask)
+        ragged = text_mask is not None and words.is_cuda and not torch.compiler.is_compiling()
+        heard = self.hear(words, text_mask, packed=ragged)
         return self.encoder.refine(torch.lerp(seen, heard, _share_of_text(image, image_mask, words, text_mask)))
+
+    def hear(self, words: Tensor, text_mask: Tensor | None, *, packed: bool) -> Tensor:
+        """The caption's own cross-attention, with the mask or, equally, over the kept tokens end to end."""
+        assert self.text_attention is not None  # there is none when fusion is "joint"
+        latents = self.encoder.latents.unsqueeze(0)
+        if packed and text_mask is not None:
+            heard: Tensor = self.text_attention(latents, pack(words, text_mask))
+        else:
+            heard = self.text_attention(latents, words, text_mask)
+        return heard
 
     def normalise(self, image_features: Tensor) -> Tensor:
         """Image features on the scale that `fit_image_scale` found: zero mean and unit variance per channel."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyalign.perceiver.attention import attend
+from tinyalign.perceiver.attention import attend, attend_packed
+from tinyalign.perceiver.packing import PackedTokens
 
 
 class PerceiverLayer(nn.Module):
@@ -26,7 +27,7 @@ class PerceiverLayer(nn.Module):
         dtype: dtype of the weights.
 
     Shape:
-        latents: (B, L, latent_dim) or, in a cross-attention, (1, L, latent_dim). inputs: (B, S, input_dim).
+        latents: (B, L, latent_dim) or, in a cross-attention, (1, L, latent_dim). inputs: (B, S, input_dim), or packed.
         keep: (B, S), bool. returns: (B, L, latent_dim).
 
     Raises:
@@ -74,15 +75,23 @@ class PerceiverLayer(nn.Module):
         self.mlp_in = nn.Linear(latent_dim, latent_dim, device=device, dtype=dtype)
         self.mlp_out = nn.Linear(latent_dim, latent_dim, device=device, dtype=dtype)
 
-    def forward(self, latents: Tensor, inputs: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, inputs: Tensor | PackedTokens | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """Update the latents from the inputs (cross-attention) or from themselves."""
         normed = self.latent_norm(latents)
-        source = normed if self.input_norm is None or inputs is None else self.input_norm(inputs)
+        tokens = inputs.tokens if isinstance(inputs, PackedTokens) else inputs
+        source = normed if self.input_norm is None or tokens is None else self.input_norm(tokens)
         qk_dim, v_dim = self._run_width(self.qk_dim, source), self._run_width(self.v_dim, source)
         q = split_heads(_project(self.query, normed, self.num_heads, qk_dim), self.num_heads)
-        k = split_heads(_project(self.key, source, self.num_heads, qk_dim), self.num_heads)
-        v = split_heads(_project(self.value, source, self.num_heads, v_dim), self.num_heads)
-        return self.absorb(latents, attend(q, k, v, keep=keep, scale=self.qk_dim**-0.5))
+        k = _project(self.key, source, self.num_heads, qk_dim)
+        v = _project(self.value, source, self.num_heads, v_dim)
+        scale = self.qk_dim**-0.5
+        if isinstance(inputs, PackedTokens):
+            k, v = k.reshape(k.shape[0], self.num_heads, qk_dim), v.reshape(v.shape[0], self.num_heads, v_dim)
+            return self.absorb(latents, attend_packed(q, k, v, inputs, scale=scale))
+        k, v = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+        return self.absorb(latents, attend(q, k, v, keep=keep, scale=scale))
 
     def absorb(self, latents: Tensor, mixed: Tensor) -> Tensor:
         """What follows the attention: output projection, residual, MLP, residual. mixed: (B, H, L, head width)."""
