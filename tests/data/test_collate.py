@@ -107,6 +107,10 @@ def test_an_image_is_never_cut(build_tokenizer: Any, build_processor: Any) -> No
     processor = build_processor(build_tokenizer(bos=True), num_image_tokens=50)
     with pytest.raises(ValueError, match=r"sample 'a' must keep its images and an answer token within max_length=40"):
         LlavaCollator(processor, max_length=40)([sample("a", "<image>?", "yes", 1)])
+    turns = (Turn("user", "?"), Turn("assistant", "x"), Turn("user", "<image>?"), Turn("assistant", "y"))
+    late = sample("late", "?", "x", 1)._replace(turns=turns)  # an answer fits, the image after it does not
+    with pytest.raises(ValueError, match=r"sample 'late' must keep its images"):
+        LlavaCollator(processor, max_length=40)([late])
     with pytest.raises(ValueError, match=r"LlavaCollator: max_length must be an integer of at least 1, got 0"):
         LlavaCollator(processor, max_length=0)
 

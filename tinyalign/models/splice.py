@@ -80,7 +80,7 @@ def splice_tokens(
                 f"splice_tokens: companion {name!r} must begin with shape ({B}, {S}), got {tuple(old.shape)}. "
                 f"Pass only tensors with one entry per token."
             )
-        new = torch.full_like(old[:, :1], fill).expand(B, T, *old.shape[2:]) if not isinstance(fill, Tensor) else fill
+        new = fill if isinstance(fill, Tensor) else old.new_full((B, T, *old.shape[2:]), fill)
         if new.shape != (B, T, *old.shape[2:]):
             raise ValueError(
                 f"splice_tokens: companion {name!r} must get entries of shape {(B, T, *old.shape[2:])} for the new "
