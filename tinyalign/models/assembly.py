@@ -152,18 +152,8 @@ def _retrieve(model: TinyAlignVLM, batch: Batch, arm: str, features: Tensor, cou
             "itself; pass sample_ids (LlavaCollator does), or neighbour_ids made with exclusion, or call model.eval()."
         )
     memory = _bank(model)
-    has_query = counts > 0
     with torch.no_grad():
-        if features.shape[0]:
-            rows, image_mask = pack_images(features.detach(), counts)
-        else:
-            rows = features.new_zeros(B, 1, features.shape[-1])
-            image_mask = torch.zeros(B, 1, dtype=torch.bool, device=device)
-        if batch.query_text_ids is not None:
-            has_query = torch.ones_like(has_query)
-        queries = model.query_encoder.query(rows, batch.query_text_ids, image_mask, batch.query_text_mask)
-        # A row with nothing to ask by gets a stand-in here, and none of its answers.
-        queries = torch.where(has_query[:, None], queries, torch.ones_like(queries))
+        queries, has_query = _queries(model, batch, features.detach(), counts)
         found = clear_rows(
             arm_neighbours(
                 memory, arm, queries, k=K, sample_ids=batch.sample_ids, groups=batch.groups, seed=config.retrieval_seed
@@ -172,6 +162,29 @@ def _retrieve(model: TinyAlignVLM, batch: Batch, arm: str, features: Tensor, cou
         )
         values, mask = memory.gather(found.ids)
     return Retrieved(values, mask, found.scores, found.ids)
+
+
+def _queries(model: TinyAlignVLM, batch: Batch, features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """A query per row, and whether the row has anything to ask by; a row without gets a stand-in of ones.
+
+    Rows are pooled together with rows of as many images, never padded to the longest, so that a query is the same to
+    the last bit whatever else is in the batch.
+    """
+    encoder, B = model.query_encoder, len(counts)
+    if batch.query_text_ids is not None:
+        everything = torch.ones_like(counts, dtype=torch.bool)
+        if features.shape[0]:
+            rows, mask = pack_images(features, counts)
+        else:
+            rows, mask = features.new_zeros(B, 1, features.shape[2]), ~everything[:, None]
+        return encoder.query(rows, batch.query_text_ids, mask, batch.query_text_mask), everything
+    first = counts.cumsum(0) - counts
+    queries = features.new_ones(B, _bank(model).key_dim)
+    for count in sorted(set(counts.tolist()) - {0}):
+        alike = (counts == count).nonzero()[:, 0]
+        index = first[alike, None] + torch.arange(count, device=first.device)
+        queries[alike] = encoder.query(features[index].flatten(1, 2)).to(queries.dtype)  # (b, count * N, D)
+    return queries, counts > 0
 
 
 def _given(model: TinyAlignVLM, retrieved: Any, B: int) -> Retrieved:

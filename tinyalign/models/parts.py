@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tinyalign.memory import AttentionPooledKey, MemoryBank
+from tinyalign.models.pair_encoder import PairEncoder
 
 
 def latent_sizes(memory: MemoryBank | None, compressor: Any) -> tuple[int, int] | None:
@@ -34,3 +35,20 @@ def settings_of(key: nn.Module) -> dict[str, Any] | None:
     if isinstance(key, AttentionPooledKey):
         return {"alpha": key.alpha, "scale": key.scale, "balance": key.balance}
     return None
+
+
+def check_memory(memory: MemoryBank, config: Any, encoder: PairEncoder) -> None:
+    """Raise unless the bank's values fit the connector and its keys were made as the model makes its queries."""
+    expected = (config.num_latents, config.latent_dim)
+    if tuple(memory.value_shape) != expected:
+        raise ValueError(
+            f"TinyAlignVLM.memory: memory must hold values of shape {expected}, got {tuple(memory.value_shape)}. "
+            f"Build the model with this bank, or the bank with this model's compressor."
+        )
+    if isinstance(encoder.key, AttentionPooledKey) and memory.key_dim != encoder.vision.dim:
+        raise ValueError(
+            f"TinyAlignVLM.memory: memory must be as wide as its queries, {encoder.vision.dim}, got keys of width "
+            f"{memory.key_dim}. Build the bank with this model's vision tower."
+        )
+    if memory.fingerprint:
+        memory.require_fingerprint(encoder.key_fingerprint(), "key.")

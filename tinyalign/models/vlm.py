@@ -18,7 +18,7 @@ from tinyalign.models.configuration import TinyAlignConfig, check_arm
 from tinyalign.models.language import check_keywords, continue_language, read_language
 from tinyalign.models.outputs import TinyAlignOutput
 from tinyalign.models.pair_encoder import PairEncoder
-from tinyalign.models.parts import latent_sizes, settings_of
+from tinyalign.models.parts import check_memory, latent_sizes, settings_of
 from tinyalign.models.vision import VisionFeatures, vision_half
 
 _STAGES = ("pretrain", "instruct")
@@ -190,15 +190,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @memory.setter
     def memory(self, memory: MemoryBank | None) -> None:
         if memory is not None:
-            expected = (self.config.num_latents, self.config.latent_dim)
-            if tuple(memory.value_shape) != expected:
-                raise ValueError(
-                    f"TinyAlignVLM.memory: memory must hold values of shape {expected}, got "
-                    f"{tuple(memory.value_shape)}. "
-                    f"Build the model with this bank, or the bank with this model's compressor."
-                )
-            if memory.fingerprint:
-                memory.require_fingerprint(self.query_encoder.key_fingerprint(), "key.")
+            check_memory(memory, self.config, self.query_encoder)
         self._beside.memory.value = memory
 
     def get_input_embeddings(self) -> nn.Module:
@@ -413,4 +405,5 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if getattr(model, "generation_config", None) is not None:
             model.language_model.generation_config = model.generation_config
         model.memory = beside["memory"] or checkpoint.find_memory(model, pretrained_model_name_or_path)
+        model.freeze_for("pretrain")  # loading sets every parameter to train
         return (model, info) if with_info else model  # type: ignore[return-value]
