@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyalign.memory import retrieval, saving
+from tinyalign.memory.approximate import FaissIndex
 from tinyalign.memory.codec import dtype_name
 from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError
@@ -175,6 +176,7 @@ class MemoryBank:
         exclude_groups: Any = None,
         where: Where | None = None,
         max_score: float | None = None,
+        method: str = "exact",
         fingerprint: Mapping[str, Any] | None = None,
     ) -> Hits:
         """Return the k best entries of each query and their values, best first.
@@ -186,6 +188,8 @@ class MemoryBank:
             exclude_groups: the same for groups.
             where: keep only entries whose metadata it accepts, or for which a bool (M,) tensor in row order is True.
             max_score: leave out entries above this score, such as near-duplicates of the query.
+            method: ``exact``; ``certified``, as exact and faster where the processor multiplies int8 matrices fast, for
+                a copy of the keys in int8; or ``approximate``, by the index of ``build_index``.
             fingerprint: what made the queries; its ``key.`` fields must equal the bank's.
 
         Shape:
@@ -196,7 +200,7 @@ class MemoryBank:
             FingerprintMismatch: the queries were made by something else.
         """
         limits = Limits(exclude_ids, exclude_groups, where, max_score)
-        found = self._neighbours(queries, k, limits, fingerprint)
+        found = self._neighbours(queries, k, limits, method, fingerprint)
         values, _ = self.gather(found.ids)
         return Hits(found.scores, found.ids, values, found.mask)
 
@@ -209,17 +213,43 @@ class MemoryBank:
         exclude_groups: Any = None,
         where: Where | None = None,
         max_score: float | None = None,
+        method: str = "exact",
         fingerprint: Mapping[str, Any] | None = None,
     ) -> Neighbours:
         """Return what ``search`` returns, without reading any value."""
-        return self._neighbours(queries, k, Limits(exclude_ids, exclude_groups, where, max_score), fingerprint)
+        limits = Limits(exclude_ids, exclude_groups, where, max_score)
+        return self._neighbours(queries, k, limits, method, fingerprint)
 
-    def _neighbours(self, queries: Tensor, k: int, limits: Limits, fingerprint: Mapping[str, Any] | None) -> Neighbours:
+    def _neighbours(
+        self, queries: Tensor, k: int, limits: Limits, method: str, fingerprint: Mapping[str, Any] | None
+    ) -> Neighbours:
         if fingerprint is not None:
             require_match(self.fingerprint, fingerprint, retrieval.CALLER, "key.")
         checked = retrieval.checked_queries(self._contents, queries, k)
-        top = retrieval.top_rows(self._contents, checked, int(k), limits)
+        top = retrieval.top_rows(self._contents, checked, int(k), limits, method)
         return retrieval.as_neighbours(self._contents, top, queries.device)
+
+    def build_index(self, factory: str, *, candidates: int = 0, parameters: Mapping[str, float] | None = None) -> None:
+        """Build a faiss index over the entries for ``method="approximate"``; it holds until entries change.
+
+        Args:
+            factory: a faiss factory string: ``HNSW32``, ``IVF1024,Flat``, ``IVF1024,RaBitQ``, ...
+            candidates: rows it proposes per query, re-ranked exactly by the stored keys; k + 8 at least.
+            parameters: by faiss's names, such as ``{"nprobe": 64}``.
+
+        Raises:
+            BankError: the bank is empty, or faiss refuses the string or a parameter.
+        """
+        if not len(self):
+            raise BankError("MemoryBank.build_index: the bank must hold entries, got 0. Add some first.")
+        self._contents.index = FaissIndex(self._contents.table, factory, candidates, dict(parameters or {}))
+
+    def recall(self, queries: Tensor, k: int = 5, *, method: str = "approximate") -> float:
+        """Return the share of the exact k neighbours that another method finds; equal scores count as found."""
+        exact, other = self.neighbours(queries, k), self.neighbours(queries, k, method=method)
+        kth = exact.scores.masked_fill(~exact.mask, float("inf")).amin(1, keepdim=True)
+        found = (other.mask & (other.scores >= kth)).sum()
+        return float(found / exact.mask.sum().clamp_min(1))
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of ids of any shape, and a mask that is False (values zero) where the id is -1.

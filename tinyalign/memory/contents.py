@@ -13,7 +13,9 @@ import xxhash
 from torch import Tensor
 
 from tinyalign.memory import inputs
+from tinyalign.memory.approximate import FaissIndex
 from tinyalign.memory.blockfile import tensor_bytes
+from tinyalign.memory.certified import CertifiedSearch
 from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES, ValueCodec
 from tinyalign.memory.errors import UnknownIdError
 from tinyalign.memory.manifest import METRICS
@@ -72,6 +74,8 @@ class Contents:
         self.codec = ValueCodec(spec.value_dtype, center)
         self.table = RowTable(spec.empty())
         self.next_id = next_id
+        self.certified: CertifiedSearch | None = None
+        self.index: FaissIndex | None = None
 
     def append(
         self,

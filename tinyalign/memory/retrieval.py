@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tinyalign.memory import inputs
+from tinyalign.memory.approximate import FaissIndex
+from tinyalign.memory.certified import CertifiedSearch, int8_pays
 from tinyalign.memory.contents import Contents
 from tinyalign.memory.errors import BankError, UnknownIdError
 from tinyalign.memory.exclusion import banned_rows, padded_ids
@@ -48,6 +50,9 @@ class Limits(NamedTuple):
     max_score: float | None = None
 
 
+METHODS = ("exact", "certified", "approximate")
+
+
 def checked_queries(contents: Contents, queries: Any, k: Any) -> Tensor:
     """Return queries (B, D) on the CPU as float32, of unit length for cosine."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
@@ -61,11 +66,19 @@ def checked_queries(contents: Contents, queries: Any, k: Any) -> Tensor:
     return checked.to(torch.float32).contiguous()
 
 
-def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits) -> TopRows:
-    """Return the best rows of checked queries within the limits."""
+def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits, method: str = "exact") -> TopRows:
+    """Return the best rows of checked queries within the limits; filters and score limits are searched exactly."""
+    if method not in METHODS:
+        raise ValueError(f"{CALLER}: method must be one of {', '.join(METHODS)}, got {method!r}. Choose one of them.")
     table, count = contents.table, queries.shape[0]
     ids = padded_ids(limits.exclude_ids, count, CALLER, "exclude_ids")
     groups = padded_ids(limits.exclude_groups, count, CALLER, "exclude_groups")
+    if limits.where is None and limits.max_score is None and method != "exact":
+        banned = banned_rows(table, ids, groups, table.dead)
+        if method == "approximate":
+            return current_index(contents).top_rows(queries, table, k, banned)
+        if int8_pays():
+            return current_certificates(contents).top_rows(queries, table, k, banned)
     if limits.where is None:
         return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, table.dead), limits.max_score)
     allowed = allowed_rows(contents, limits.where)
@@ -73,6 +86,21 @@ def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits) -> Top
         return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead))
     everywhere = np.setdiff1d(np.arange(table.total), allowed, assume_unique=True)
     return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, everywhere), limits.max_score)
+
+
+def current_index(contents: Contents) -> FaissIndex:
+    """Return the approximate index, or say that there is none for the entries as they are."""
+    if contents.index is None or contents.index.version != contents.table.version:
+        state = "none" if contents.index is None else f"{contents.index.factory!r} of entries that have changed since"
+        raise BankError(f"{CALLER}: the bank must have an index for 'approximate', got {state}. Call build_index.")
+    return contents.index
+
+
+def current_certificates(contents: Contents) -> CertifiedSearch:
+    """Return the int8 copies of the keys, made anew when entries have changed."""
+    if contents.certified is None or contents.certified.version != contents.table.version:
+        contents.certified = CertifiedSearch(contents.table)
+    return contents.certified
 
 
 def allowed_rows(contents: Contents, where: Where) -> np.ndarray:
@@ -112,5 +140,7 @@ def values_of(contents: Contents, ids: Any) -> tuple[Tensor, Tensor]:
     device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
     mask = torch.from_numpy(rows >= 0)
     values = contents.values_at(torch.from_numpy(np.maximum(rows, 0).reshape(-1)))
-    values.masked_fill_(~mask.reshape(-1, 1), 0)
+    absent = np.flatnonzero(rows.reshape(-1) < 0)
+    if len(absent):
+        values[torch.from_numpy(absent)] = 0
     return values.reshape(*wanted.shape, *contents.spec.value_shape).to(device), mask.to(device)

@@ -25,6 +25,7 @@ class RowTable:
         self._recent: dict[int, int] = {}  # id -> row, for the growing segment
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None  # ids and rows of the live fixed rows
         self._joined: dict[str, np.ndarray] = {}
+        self.version = 0  # counts every change
         self.changed = False  # rows were removed since the table was made
 
     @property
@@ -85,6 +86,7 @@ class RowTable:
         segment.append(added, notes)
         self._recent.update(zip(added.ids.tolist(), range(first, self.total), strict=True))
         self._joined.clear()
+        self.version += 1
 
     def remove(self, rows: np.ndarray) -> None:
         """Mark rows as removed."""
@@ -96,6 +98,7 @@ class RowTable:
     def _forget(self) -> None:
         self._sorted = None
         self._joined.clear()
+        self.version += 1
 
     def column(self, name: str) -> np.ndarray:
         """Return ``ids`` or ``groups`` of every row, removed ones included."""

@@ -80,7 +80,7 @@ def exact_top_rows(queries: Tensor, table: RowTable, k: int, banned: Banned, max
         queries: (B, D), float32. returns: (B, k).
     """
     parts = [
-        _some_queries(queries[at : at + QUERIES_AT_ONCE], table, k, _slice(banned, at), max_score)
+        _some_queries(queries[at : at + QUERIES_AT_ONCE], table, k, share_of_batch(banned, at), max_score)
         for at in range(0, queries.shape[0], QUERIES_AT_ONCE)
     ]
     if not parts:
@@ -88,7 +88,8 @@ def exact_top_rows(queries: Tensor, table: RowTable, k: int, banned: Banned, max
     return TopRows(torch.cat([p.scores for p in parts]), torch.cat([p.rows for p in parts]))
 
 
-def _slice(banned: Banned, at: int) -> Banned:
+def share_of_batch(banned: Banned, at: int) -> Banned:
+    """Return the pairs of the queries from ``at`` on that are searched at once, numbered from 0."""
     mine = (banned.queries >= at) & (banned.queries < at + QUERIES_AT_ONCE)
     if mine.all():
         return banned if at == 0 else Banned(banned.rows, banned.queries - at, banned.everywhere)
