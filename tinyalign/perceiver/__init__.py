@@ -10,6 +10,12 @@ from tinyalign.perceiver.attention import (
     use_attention_backend,
 )
 from tinyalign.perceiver.compressor import PerceiverCompressor, PerceiverSizes
+from tinyalign.perceiver.diagnostics import (
+    CompressorDiagnostics,
+    CompressorRecord,
+    StoredValue,
+    compressor_diagnostics,
+)
 from tinyalign.perceiver.encoder import PerceiverEncoder
 from tinyalign.perceiver.pixels import PixelPerceiver, caption_bytes
 from tinyalign.perceiver.pixels_folded import FoldedPixelPerceiver
@@ -18,6 +24,8 @@ from tinyalign.perceiver.pretrainer import PerceiverPretrainer, PretrainOutput
 __all__ = [
     "AttentionBackendError",
     "AttentionReport",
+    "CompressorDiagnostics",
+    "CompressorRecord",
     "FoldedPixelPerceiver",
     "PerceiverCompressor",
     "PerceiverEncoder",
@@ -25,8 +33,10 @@ __all__ = [
     "PerceiverSizes",
     "PixelPerceiver",
     "PretrainOutput",
+    "StoredValue",
     "attend",
     "attention_report",
     "caption_bytes",
+    "compressor_diagnostics",
     "use_attention_backend",
 ]
