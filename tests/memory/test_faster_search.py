@@ -150,13 +150,13 @@ def test_what_an_index_refuses():
     bank = bank_of(torch.randn(20, 16))
     with pytest.raises(ValueError, match="method must be one of exact, certified, approximate, got 'fast'"):
         bank.search(torch.randn(1, 16), method="fast")
-    with pytest.raises(BankError, match="an index for 'approximate', got none. Call build_index"):
+    with pytest.raises(BankError, match=r"an index for 'approximate', got none. Call build_index"):
         bank.search(torch.randn(1, 16), method="approximate")
     with pytest.raises(
         BankError, match="factory must be one that faiss builds over 20 entries of width 16, got 'Nonsense'"
     ):
         bank.build_index("Nonsense")
-    with pytest.raises(BankError, match="'IVF64,Flat'.*20"):
+    with pytest.raises(BankError, match=r"'IVF64,Flat'.*20"):
         bank.build_index("IVF64,Flat")
     with pytest.raises(BankError, match="'bananas': 3"):
         bank.build_index("Flat", parameters={"bananas": 3})

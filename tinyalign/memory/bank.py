@@ -16,6 +16,7 @@ from tinyalign.memory.codec import dtype_name
 from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
+from tinyalign.memory.resident import ResidentBank
 from tinyalign.memory.retrieval import Hits, Limits, Neighbours, Where
 from tinyalign.memory.verification import VerifyReport, verified
 
@@ -258,6 +259,11 @@ class MemoryBank:
             ids: (B, K), int64. returns: values (B, K, *value_shape), mask (B, K), on the device of ``ids``.
         """
         return retrieval.values_of(self._contents, ids)
+
+    def to(self, device: Any, *, values: bool = True) -> ResidentBank:
+        """Copy the entries to a device, or split them over a list of devices, for search that never leaves them."""
+        devices = device if isinstance(device, (list, tuple)) else [device]
+        return ResidentBank(self._contents, [torch.device(each) for each in devices], values=values)
 
     def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return stored keys as float32, (n, D), for the given ids or all entries."""

@@ -1,0 +1,107 @@
+"""Search on a device equals search of the bank; it never looks at data on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tinyalign.memory import BankError, MemoryBank, resident
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(resident, "ROWS_AT_ONCE", 16)
+
+
+def agree(bank, moved, queries, k, **exclude):
+    expected, found = bank.search(queries, k, **exclude), moved.search(queries, k, **exclude)
+    assert torch.equal(found.ids.cpu(), expected.ids)
+    torch.testing.assert_close(found.scores.cpu(), expected.scores, atol=1e-6, rtol=0)
+    assert torch.equal(found.mask.cpu(), expected.mask)
+    torch.testing.assert_close(found.values.cpu(), expected.values)
+
+
+@pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu", "cpu"]])
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_equals_the_bank(random_bank, small_blocks, devices, value_dtype, metric):
+    bank = random_bank(100, value_dtype=value_dtype, metric=metric)
+    bank.remove([105, 111])
+    moved = bank.to(devices)
+    assert len(moved) == 98
+    queries = torch.randn(6, 8)
+    agree(bank, moved, queries, 5)
+    agree(bank, moved, queries, 0)
+    agree(bank, moved, queries, 120)
+    agree(bank, moved, queries[:0], 3)
+    exclude_ids = [[100, 199, 7], [], [150], list(range(100, 116)), [101], [102]]
+    exclude_groups = torch.tensor([[33, -1], [40, 41], [-1, -1], [34, 60], [35, 36], [50, 51]])
+    agree(bank, moved, queries, 5, exclude_ids=exclude_ids, exclude_groups=exclude_groups)
+    agree(bank, moved, bank.keys()[:6], 2, exclude_ids=bank.ids[:6])
+    ids = torch.tensor([[100, -1], [199, 150]])
+    for one, two in zip(moved.gather(ids), bank.gather(ids), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_no_value_is_looked_at(random_bank):
+    """Fake tensors hold no data: whatever reads one, or sizes a tensor by one, raises."""
+    bank = random_bank()
+    moved = bank.to("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        moved._shards = [type(s)(*(None if t is None else mode.from_tensor(t) for t in s)) for s in moved._shards]
+        queries, hide = mode.from_tensor(torch.randn(3, 8)), mode.from_tensor(torch.ones(3, 2).long())
+        hits = moved.search(queries, 4, exclude_ids=hide, exclude_groups=hide)
+    assert tuple(hits.values.shape) == (3, 4, 2, 3)
+    assert tuple(hits.mask.shape) == (3, 4)
+
+
+def test_a_query_that_is_not_finite_finds_nothing(random_bank):
+    moved = random_bank().to("cpu")
+    queries = torch.randn(3, 8)
+    queries[1, 2], queries[2] = float("nan"), 0.0
+    assert moved.search(queries, 2).mask.tolist() == [[True, True], [False, False], [False, False]]
+
+
+def test_without_values(random_bank):
+    bank = random_bank()
+    moved, whole = bank.to("cpu", values=False), bank.to("cpu")
+    assert moved.num_bytes == whole.num_bytes - 40 * 6 * 2
+    queries = torch.randn(2, 8)
+    assert torch.equal(moved.neighbours(queries, 3).ids, bank.neighbours(queries, 3).ids)
+    with pytest.raises(ValueError, match="moved with values=True, got values=False"):
+        moved.search(queries)
+    assert moved.devices == (torch.device("cpu"),)
+
+
+def test_bad_input(random_bank):
+    moved = random_bank().to("cpu")
+    with pytest.raises(ValueError, match="k must be an integer from 0, got -1"):
+        moved.search(torch.randn(1, 8), -1)
+    with pytest.raises(ValueError, match=r"queries must be float \(B, 8\), got torch.float32 \(1, 7\)"):
+        moved.search(torch.randn(1, 7))
+    with pytest.raises(
+        ValueError, match=r"exclude_ids must be integers with one row per query, got torch.int64 \(3, 1\)"
+    ):
+        moved.search(torch.randn(1, 8), exclude_ids=torch.ones(3).long())
+    with pytest.raises(BankError, match=r"MemoryBank.to: the bank must hold entries, got 0"):
+        MemoryBank(3, (1,)).to("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("key_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_cuda_equals_the_bank_without_a_sync(random_bank, key_dtype):
+    bank = random_bank(500, key_dtype=key_dtype)
+    moved = bank.to("cuda")
+    queries, hide = torch.randn(20, 8), bank.ids[:20]
+    agree(bank, moved, queries.cuda(), 5)
+    moved.search(queries.cuda(), 5, exclude_ids=hide.cuda())  # warm up
+    cuda_queries, cuda_hide = queries.cuda(), hide.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = moved.search(cuda_queries, 5, exclude_ids=cuda_hide, exclude_groups=cuda_hide)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = bank.neighbours(queries, 5, exclude_ids=hide, exclude_groups=hide)
+    assert torch.equal(found.ids.cpu(), expected.ids)
