@@ -38,7 +38,7 @@ def test_a_batch_by_hand(build_tokenizer: Any, build_processor: Any, bos: bool) 
     assert batch["image_counts"].tolist() == [1, 0]
     assert batch["sample_ids"].tolist() == [stable_id("a"), stable_id("b")]
     assert batch["groups"].tolist() == [5, 5]
-    assert batch["max_label_tokens"] == 5
+    assert batch["max_supervised_tokens"] == 5
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
 
 

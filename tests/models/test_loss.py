@@ -78,7 +78,9 @@ def test_the_selection_is_gone_after_an_error() -> None:
 
 def test_too_small_a_count_is_refused() -> None:
     labels = torch.tensor([[-100, 1, 2, 3]])
-    with pytest.raises(ValueError, match=r"max_label_tokens must cover every row, got 2 where a row has 3 supervised"):
+    with pytest.raises(
+        ValueError, match=r"max_supervised_tokens must cover every row, got 2 where a row has 3 supervised"
+    ):
         labelled_rows(labels, 2)
     assert labelled_rows(labels, 3).positions.shape == (1, 3)
 

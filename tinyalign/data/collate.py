@@ -49,8 +49,8 @@ class LlavaCollator:
     """Make a training batch of samples: tokens padded on the right, labels on the answers alone, images in row order.
 
     The batch holds `input_ids`, `attention_mask` (bool), `labels`, `image_counts`, `sample_ids`, `groups`,
-    `max_label_tokens` (a plain int, so that a model can size its loss without asking the device) and, when there is
-    any image, `pixel_values`.
+    `max_supervised_tokens` (a plain int, so that a model can size its loss without asking the device) and, when there
+    is any image, `pixel_values`.
 
     Args:
         processor: holds the tokenizer, the image processor and how many tokens an image takes.
@@ -104,7 +104,7 @@ class LlavaCollator:
             "image_counts": torch.tensor([row.num_images for row in encoded]),
             "sample_ids": torch.tensor([sample.sample_id for sample in samples]),
             "groups": torch.tensor([sample.group for sample in samples]),
-            "max_label_tokens": max(sum(row.supervised) for row in encoded),
+            "max_supervised_tokens": max(sum(row.supervised) for row in encoded),
         }
         images = [_load(sample, image) for sample in samples for image in sample.images]
         if images:

@@ -46,7 +46,7 @@ class TinyAlignConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "tinyalign"
-    keys_to_ignore_at_inference = ("past_key_values", "labels", "neighbour_ids", "neighbour_scores")
+    keys_to_ignore_at_inference = ["past_key_values", "labels", "neighbour_ids", "neighbour_scores"]  # noqa: RUF012
     sub_configs_defaults = {  # noqa: RUF012  the base class wants a plain dict
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),

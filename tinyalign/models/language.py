@@ -35,7 +35,7 @@ def read_language(
     kwargs: dict[str, Any],
     *,
     logits_everywhere: bool,
-    max_label_tokens: int | None,
+    max_supervised_tokens: int | None,
     num_items_in_batch: Tensor | int | None,
 ) -> TinyAlignOutput:
     """Run the language model and, where there are labels, take the loss in float32.
@@ -45,7 +45,7 @@ def read_language(
         embedded: what it reads.
         kwargs: further arguments for it.
         logits_everywhere: pass every position through the head; otherwise only those that predict a label.
-        max_label_tokens: see `labelled_rows`.
+        max_supervised_tokens: see `labelled_rows`.
         num_items_in_batch: what the loss is divided by; this batch's supervised tokens when None.
     """
     labels, retrieved = embedded.labels, embedded.retrieved
@@ -62,7 +62,7 @@ def read_language(
     }
     if labels is None:
         return _output(language_model(**given), found)
-    rows = labelled_rows(labels, max_label_tokens)
+    rows = labelled_rows(labels, max_supervised_tokens)
     if logits_everywhere:
         output = language_model(**given)
         found["logits"], row_logits = output.logits, _gather(output.logits, rows.positions)

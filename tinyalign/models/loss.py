@@ -25,19 +25,19 @@ class LabelledRows(NamedTuple):
     targets: Tensor
 
 
-def labelled_rows(labels: Tensor, max_label_tokens: int | None = None) -> LabelledRows:
+def labelled_rows(labels: Tensor, max_supervised_tokens: int | None = None) -> LabelledRows:
     """Find the positions that predict a supervised token.
 
     Args:
         labels: token ids, -100 where nothing is to be learned; position t is predicted from t - 1.
-        max_label_tokens: the most supervised tokens that any row has. Without it the CPU counts them and another
+        max_supervised_tokens: the most supervised tokens that any row has. Without it the CPU counts them and another
             device keeps every position, so that it is never waited for.
 
     Shape:
         labels: (B, S), int64. returns: `LabelledRows`.
 
     Raises:
-        ValueError: on the CPU, a row with more supervised tokens than `max_label_tokens`.
+        ValueError: on the CPU, a row with more supervised tokens than `max_supervised_tokens`.
 
     Example:
         >>> labelled_rows(torch.tensor([[-100, 7, -100, 8], [-100, -100, 9, -100]]))
@@ -50,14 +50,15 @@ def labelled_rows(labels: Tensor, max_label_tokens: int | None = None) -> Labell
     width = targets.shape[1]
     if labels.device.type == "cpu":
         most = int(known.sum(dim=1).max()) if known.numel() else 0
-        if max_label_tokens is not None and most > max_label_tokens:
+        if max_supervised_tokens is not None and most > max_supervised_tokens:
             raise ValueError(
-                f"labelled_rows: max_label_tokens must cover every row, got {max_label_tokens} where a row has {most} "
+                f"labelled_rows: max_supervised_tokens must cover every row, got {max_supervised_tokens} where a row "
+                f"has {most} "
                 f"supervised tokens. Take it from the collator, or leave it out."
             )
         width = most
-    elif max_label_tokens is not None:
-        width = min(width, max_label_tokens)
+    elif max_supervised_tokens is not None:
+        width = min(width, max_supervised_tokens)
     order = torch.argsort((~known).to(torch.int8), dim=1, stable=True)[:, :width]
     return LabelledRows(order, targets.gather(1, order))
 

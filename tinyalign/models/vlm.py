@@ -264,7 +264,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         retrieval: str | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        max_label_tokens: int | None = None,
+        max_supervised_tokens: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
@@ -288,7 +288,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             retrieval: the arm; the config's when None.
             past_key_values: a cache to continue from; nothing is retrieved again.
             use_cache: whether to return a cache.
-            max_label_tokens: the most supervised tokens of any row, if known.
+            max_supervised_tokens: the most supervised tokens of any row, if known.
             num_items_in_batch: what the loss is divided by instead of this batch's supervised tokens.
             return_logits: whether to compute logits everywhere; by default only outside training or without labels.
             kwargs: passed on to the language model.
@@ -315,7 +315,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 embedded,
                 kwargs,
                 logits_everywhere=labels is None or not self.training if return_logits is None else return_logits,
-                max_label_tokens=max_label_tokens,
+                max_supervised_tokens=max_supervised_tokens,
                 num_items_in_batch=num_items_in_batch,
             )
         return output if return_dict else output.to_tuple()
