@@ -204,9 +204,7 @@ def main() -> None:
     joint.fit_image_scale(sample)
     rows["patches and text joint, untrained"] = compressor_diagnostics(joint, records(), seed=SEED)
     balanced = PerceiverCompressor(dim, vocab_size=len(ids), seed=SEED).eval()
-    balanced.load_state_dict(
-        {**balanced.state_dict(), "image_mean": joint.image_mean, "image_scale": joint.image_scale}
-    )
+    balanced.fit_image_scale(sample)
     rows["balanced, untrained"] = compressor_diagnostics(balanced, records(), seed=SEED)
     train(balanced.train(), features, training, ids, arguments.steps)
     balanced.eval()

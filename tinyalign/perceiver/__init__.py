@@ -20,6 +20,7 @@ from tinyalign.perceiver.encoder import PerceiverEncoder
 from tinyalign.perceiver.pixels import PixelPerceiver, caption_bytes
 from tinyalign.perceiver.pixels_folded import FoldedPixelPerceiver
 from tinyalign.perceiver.pretrainer import PerceiverPretrainer, PretrainOutput
+from tinyalign.perceiver.reconstruction import ReconstructionReport, evaluate_reconstruction
 
 __all__ = [
     "AttentionBackendError",
@@ -33,10 +34,12 @@ __all__ = [
     "PerceiverSizes",
     "PixelPerceiver",
     "PretrainOutput",
+    "ReconstructionReport",
     "StoredValue",
     "attend",
     "attention_report",
     "caption_bytes",
     "compressor_diagnostics",
+    "evaluate_reconstruction",
     "use_attention_backend",
 ]

@@ -114,12 +114,16 @@ class PerceiverPretrainer(nn.Module):
                 dtype=weight.dtype,
             )
 
-        self.image_reader = reader(compressor.image_dim)
-        self.text_reader = reader(text_out)
-        self.log_temperature = nn.Parameter(torch.tensor(-2.0, device=weight.device, dtype=weight.dtype))
+        # What carries no weight is not built, so that every weight here gets a gradient (DDP insists on it).
+        self.image_reader = reader(compressor.image_dim) if image_weight else None
+        self.text_reader = reader(text_out) if text_weight else None
+        self.log_temperature = (
+            nn.Parameter(torch.tensor(-2.0, device=weight.device, dtype=weight.dtype)) if contrastive_weight else None
+        )
         generator = torch.Generator().manual_seed(seed)
-        self.image_reader.reset_parameters(generator)
-        self.text_reader.reset_parameters(generator)
+        for part in (self.image_reader, self.text_reader):
+            if part is not None:
+                part.reset_parameters(generator)
 
     def forward(
         self,
@@ -149,12 +153,16 @@ class PerceiverPretrainer(nn.Module):
         latents = self.compressor(image_features, text, image_mask, self._hide_captions(text_mask, generator))
         zero = latents.new_zeros(())
         image_loss = text_loss = contrastive_loss = zero
-        if self.image_weight and image_features.shape[1]:
-            image_loss = self._image_loss(latents, image_features, image_mask, generator)
-        if self.text_weight and text is not None and text_mask is not None and text.shape[1]:
-            text_loss = self._text_loss(latents, text, text_mask)
-        if self.contrastive_weight and text is not None and text_mask is not None:
-            contrastive_loss = self._contrastive_loss(image_features, text, image_mask, text_mask)
+        if self.image_reader is not None and image_features.shape[1]:
+            image_loss = self._image_loss(self.image_reader, latents, image_features, image_mask, generator)
+        if text is not None and text_mask is not None and text.shape[1]:
+            if self.text_reader is not None:
+                errors = self._text_errors(self.text_reader, latents, text, text_mask)
+                text_loss = _masked_mean(errors, text_mask)
+            if self.log_temperature is not None:
+                contrastive_loss = self._contrastive_loss(
+                    self.log_temperature, image_features, text, image_mask, text_mask
+                )
         loss = (
             self.image_weight * image_loss + self.text_weight * text_loss + self.contrastive_weight * contrastive_loss
         )
@@ -167,7 +175,12 @@ class PerceiverPretrainer(nn.Module):
         return text_mask & (draw >= self.caption_dropout)
 
     def _image_loss(
-        self, latents: Tensor, features: Tensor, mask: Tensor | None, generator: torch.Generator | None
+        self,
+        reader: LatentReader,
+        latents: Tensor,
+        features: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None,
     ) -> Tensor:
         positions = torch.arange(features.shape[1], device=features.device)[None]
         if self.training and self.num_patches is not None and self.num_patches < features.shape[1]:
@@ -176,33 +189,44 @@ class PerceiverPretrainer(nn.Module):
             features = features.gather(1, positions[..., None].expand(-1, -1, features.shape[2]))
             mask = None if mask is None else mask.gather(1, positions)
         target = self.compressor.normalise(features.to(latents.dtype))
-        error = (self.image_reader(latents, positions) - target).square().mean(dim=-1)
+        error = (reader(latents, positions) - target).square().mean(dim=-1)
         return error.mean() if mask is None else _masked_mean(error, mask)
 
-    def _text_loss(self, latents: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        read = self.text_reader(latents, positions)
-        embedding = self.compressor.text_embedding
-        if isinstance(embedding, nn.Embedding):
-            logits = F.linear(read, embedding.weight) * embedding.embedding_dim**-0.5
-            tokens = text.masked_fill(~mask, 0)  # padding may be any number, also outside the vocabulary
-            nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
-            return _masked_mean(nll.view_as(tokens), mask)
-        target = F.layer_norm(text.to(read.dtype), text.shape[-1:])
-        return _masked_mean((read - target).square().mean(dim=-1), mask)
+    def _text_errors(self, reader: LatentReader, latents: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """(B, T): nats per token id, or the squared error of a normalised embedding."""
+        read: Tensor = reader(latents, kept_positions(mask))
+        if self.compressor.text_dim is not None:
+            target = F.layer_norm(text.to(read.dtype), text.shape[-1:])
+            return (read - target).square().mean(dim=-1)
+        tokens = text.masked_fill(~mask, 0)  # padding may be any number, also outside the vocabulary
+        nll: Tensor = F.cross_entropy(self.token_logits(read).flatten(0, 1).float(), tokens.flatten(), reduction="none")
+        return nll.view_as(tokens)
 
-    def _contrastive_loss(self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor) -> Tensor:
+    def token_logits(self, read: Tensor) -> Tensor:
+        """Scores of every token id from what the reader returned; the table is the compressor's own embedding."""
+        embedding = self.compressor.text_embedding
+        assert isinstance(embedding, nn.Embedding)  # the compressor reads ids
+        logits: Tensor = F.linear(read, embedding.weight) * embedding.embedding_dim**-0.5
+        return logits
+
+    def _contrastive_loss(
+        self, log_temperature: Tensor, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
+    ) -> Tensor:
         nothing = torch.zeros(image.shape[:2], dtype=torch.bool, device=image.device)
         seen = self.compressor(image, None, image_mask).mean(dim=1)
         heard = self.compressor(image, text, nothing, text_mask).mean(dim=1)
         both = text_mask.any(1) if image_mask is None else text_mask.any(1) & image_mask.any(1)
-        scores = F.normalize(seen, dim=1) @ F.normalize(heard, dim=1).T * torch.exp(-self.log_temperature)
+        scores = F.normalize(seen, dim=1) @ F.normalize(heard, dim=1).T * torch.exp(-log_temperature)
         scores = scores.float().masked_fill(~both[None, :] | ~both[:, None], -1e4)
         labels = torch.arange(scores.shape[0], device=scores.device)
-        per_row = (
-            F.cross_entropy(scores, labels, reduction="none") + F.cross_entropy(scores.T, labels, reduction="none")
-        ) / 2
-        return _masked_mean(per_row, both)
+        to_text = F.cross_entropy(scores, labels, reduction="none")
+        to_image = F.cross_entropy(scores.T, labels, reduction="none")
+        return _masked_mean((to_text + to_image) / 2, both)
+
+
+def kept_positions(mask: Tensor) -> Tensor:
+    """(B, T) mask to (B, T) positions that count kept tokens only."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

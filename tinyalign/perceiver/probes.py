@@ -53,7 +53,7 @@ class RidgeProbe:
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, turned = values.clamp(min=0.0), vectors.T @ centred
         groups = torch.arange(len(inputs)) if groups is None else groups
-        blocks = [torch.nonzero(groups == group).flatten() for group in groups.unique()]
+        blocks = [torch.nonzero(groups == group).flatten() for group in torch.unique(groups)]
         best: tuple[float, float] = (float("inf"), PENALTIES[-1])
         for penalty in PENALTIES:
             shrink = values / (values + penalty)
