@@ -1,0 +1,242 @@
+"""Elliptical copulas: mutual information in closed form after a rank transform, exact bias included.
+
+Mutual information is blind to monotone maps of single coordinates, so ranks lose nothing. Where the copula is Gaussian
+or Student's, its parameters give the information with the error of maximum likelihood, in any dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import digamma, gammaln, ndtri, stdtrit
+
+__all__ = ["EllipticalCopula", "canonical_variates", "fit_gaussian", "fit_student", "normal_scores", "rank_columns"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+_GRID = (1.0, 2.0, 4.0, 8.0, 20.0)
+
+
+@dataclass(frozen=True)
+class EllipticalCopula:
+    """A fitted copula of (x, y) with Gaussian or Student margins.
+
+    Attributes:
+        correlation: (d, d) dispersion with unit diagonal, x first.
+        split: number of columns of x.
+        n: samples behind the fit.
+        freedom: degrees of freedom; inf is the Gaussian.
+        points: (n, d) the samples on the copula's own margins.
+        log_density: mean log copula density of the samples, for choosing between fits.
+    """
+
+    correlation: FloatArray
+    split: int
+    n: int
+    freedom: float
+    points: FloatArray
+    log_density: float
+
+    @property
+    def information(self) -> float:
+        """Mutual information of the fitted law, less the expected bias of its determinants, in nats."""
+        width = len(self.correlation)
+        left, right = self.split, width - self.split
+        value = _gaussian_information(self.correlation, self.split)
+        value -= _log_det_bias(self.n, left) + _log_det_bias(self.n, right) - _log_det_bias(self.n, width)
+        if np.isfinite(self.freedom):
+            value += _radial_information(self.freedom, left, right)
+        return value
+
+    def pointwise(self, points: FloatArray | None = None) -> FloatArray:
+        """Compute log p(x, y) / p(x) p(y) of the fitted law at points on its margins, (n,)."""
+        z = self.points if points is None else points
+        joint = _log_density(z, self.correlation, self.freedom)
+        s = self.split
+        left = _log_density(z[:, :s], self.correlation[:s, :s], self.freedom)
+        right = _log_density(z[:, s:], self.correlation[s:, s:], self.freedom)
+        return joint - left - right
+
+    def draw(self, n: int, seed: int = 0) -> FloatArray:
+        """Draw n points of the fitted law, (n, d)."""
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(n, len(self.correlation))) @ _root(self.correlation).T
+        if np.isfinite(self.freedom):
+            z *= np.sqrt(self.freedom / rng.chisquare(self.freedom, n))[:, None]
+        return z
+
+    def leading(self, pairs: int) -> EllipticalCopula:
+        """Return the law of the leading canonical pairs: elliptical laws stay so under linear maps."""
+        s = self.split
+        left, right = _root(self.correlation[:s, :s]), _root(self.correlation[s:, s:])
+        left_map, right_map = np.linalg.inv(left).T, np.linalg.inv(right).T
+        u, singular, vt = np.linalg.svd(left_map.T @ self.correlation[:s, s:] @ right_map)
+        left_map, right_map = (left_map @ u)[:, :pairs], (right_map @ vt.T)[:, :pairs]
+        points = np.hstack([self.points[:, :s] @ left_map, self.points[:, s:] @ right_map])
+        width = left_map.shape[1] + right_map.shape[1]
+        correlation = np.eye(width)
+        for pair in range(min(left_map.shape[1], right_map.shape[1])):
+            other = left_map.shape[1] + pair
+            correlation[pair, other] = correlation[other, pair] = singular[pair]
+        return EllipticalCopula(correlation, left_map.shape[1], self.n, self.freedom, points, np.nan)
+
+
+def rank_columns(x: FloatArray) -> IntArray:
+    """Rank each column, 0..n-1; ties in order of appearance.
+
+    Shape:
+        x: (n, d). returns: (n, d).
+    """
+    ranks = np.empty(x.shape, dtype=np.int64)
+    numbers = np.arange(len(x))
+    for column in range(x.shape[1]):
+        ranks[np.argsort(x[:, column], kind="stable"), column] = numbers
+    return ranks
+
+
+def normal_scores(x: FloatArray) -> FloatArray:
+    """Replace each column by the standard normal quantiles of its ranks, with unit variance.
+
+    Example:
+        >>> normal_scores(np.array([[3.0], [100.0], [1.0]])).round(3).ravel().tolist()
+        [0.0, 1.225, -1.225]
+    """
+    return _normal_quantiles(len(x))[rank_columns(x)]
+
+
+def fit_gaussian(scores: FloatArray, split: int) -> EllipticalCopula:
+    """Fit the Gaussian copula to normal scores (columns of x first)."""
+    n = len(scores)
+    correlation = np.asarray(scores.T @ scores / n)
+    density = -0.5 * np.linalg.slogdet(correlation)[1]
+    return EllipticalCopula(correlation, split, n, np.inf, scores, float(density))
+
+
+def fit_student(x: FloatArray, split: int, *, start: FloatArray | None = None, search: int = 1500) -> EllipticalCopula:
+    """Fit a Student copula: degrees of freedom by profile likelihood, dispersion by expectation-maximisation.
+
+    Args:
+        x: samples of any margins, columns of x first.
+        split: number of columns of x.
+        start: correlation to start from.
+        search: samples used while searching the degrees of freedom.
+
+    Source:
+        Demarta and McNeil 2005, section 4; the information is that of Arellano-Valle et al. 2013, equation 12.
+    """
+    n = len(x)
+    ranks = rank_columns(x)
+    correlation = fit_gaussian(_normal_quantiles(n)[ranks], split).correlation if start is None else start
+    # The search runs on a part of the samples, ranked among themselves.
+    few = ranks if n <= search else rank_columns(ranks[:: n // search].astype(np.float64))
+
+    scores = {}
+    for freedom in _GRID:
+        scores[freedom] = _profile(few, freedom, correlation, 4)[0]
+    freedom = max(scores, key=lambda item: scores[item])
+    step = 1.6
+    best = scores[freedom]
+    for _ in range(4):
+        for candidate in (freedom / step, freedom * step):
+            value = _profile(few, candidate, correlation, 4)[0]
+            if value > best:
+                best, freedom = value, candidate
+                break
+        step = np.sqrt(step)
+    density, points, correlation = _profile(ranks, freedom, correlation, 6)
+    for candidate in (freedom / 1.06, freedom * 1.06):
+        other = _profile(ranks, candidate, correlation, 3)
+        if other[0] > density:
+            density, points, correlation = other
+            freedom = candidate
+    return EllipticalCopula(correlation, split, n, float(freedom), points, density)
+
+
+def canonical_variates(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Rotate x and y to uncorrelated columns, leading pairs first; an invertible map keeps the information.
+
+    Directions without variance are dropped.
+
+    Shape:
+        x: (n, dx). y: (n, dy). returns: (n, rx), (n, ry) and the canonical correlations.
+    """
+    left, right = _whiten(x), _whiten(y)
+    u, singular, vt = np.linalg.svd(left.T @ right / len(x))
+    return left @ u, right @ vt.T, singular
+
+
+def _whiten(x: FloatArray) -> FloatArray:
+    centred = x - x.mean(axis=0)
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
+    kept = values > max(values[-1], 1e-300) * 1e-10
+    return np.asarray(centred @ (vectors[:, kept] / np.sqrt(values[kept])))
+
+
+def _normal_quantiles(n: int) -> FloatArray:
+    quantiles = ndtri((np.arange(n) + 0.5) / n)
+    return np.asarray(quantiles / quantiles.std())
+
+
+def _profile(
+    ranks: IntArray, freedom: float, correlation: FloatArray, steps: int
+) -> tuple[float, FloatArray, FloatArray]:
+    """Return the mean log copula density at these degrees of freedom, the points and the dispersion."""
+    n = len(ranks)
+    half = stdtrit(freedom, (np.arange((n + 1) // 2) + 0.5) / n)
+    quantiles = np.concatenate([half, -half[: n // 2][::-1]])
+    if n % 2:
+        quantiles[n // 2] = 0.0
+    z = quantiles[ranks]
+    width = z.shape[1]
+    for _ in range(steps):
+        weight = (freedom + width) / (freedom + _distance(z, correlation))
+        scatter = (z * weight[:, None]).T @ z
+        scale = np.sqrt(np.diag(scatter))
+        correlation = scatter / np.outer(scale, scale)
+    margins = _log_density(quantiles[:, None], np.eye(1), freedom)[ranks].sum(axis=1)
+    return float((_log_density(z, correlation, freedom) - margins).mean()), z, correlation
+
+
+def _log_density(z: FloatArray, correlation: FloatArray, freedom: float) -> FloatArray:
+    width = z.shape[1]
+    distance = _distance(z, correlation)
+    log_det = np.linalg.slogdet(correlation)[1]
+    if not np.isfinite(freedom):
+        return np.asarray(-0.5 * (width * np.log(2 * np.pi) + log_det + distance))
+    constant = gammaln((freedom + width) / 2) - gammaln(freedom / 2) - 0.5 * width * np.log(freedom * np.pi)
+    return np.asarray(constant - 0.5 * log_det - 0.5 * (freedom + width) * np.log1p(distance / freedom))
+
+
+def _distance(z: FloatArray, correlation: FloatArray) -> FloatArray:
+    if z.shape[1] == 1:
+        return np.asarray(z[:, 0] ** 2)
+    root = np.linalg.inv(_root(correlation))
+    return np.asarray(((z @ root.T) ** 2).sum(axis=1))
+
+
+def _root(correlation: FloatArray) -> FloatArray:
+    try:
+        return np.asarray(np.linalg.cholesky(correlation))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(correlation)
+        return np.asarray(np.linalg.cholesky(vectors * np.maximum(values, 1e-12) @ vectors.T))
+
+
+def _gaussian_information(correlation: FloatArray, split: int) -> float:
+    parts = (correlation[:split, :split], correlation[split:, split:], correlation)
+    left, right, joint = (np.linalg.slogdet(part)[1] for part in parts)
+    return float(0.5 * (left + right - joint))
+
+
+def _log_det_bias(n: int, width: int) -> float:
+    """Half the expected log-determinant of a sample covariance of n points around a known truth."""
+    return float(0.5 * (digamma((n - np.arange(1, width + 1)) / 2) + np.log(2.0 / (n - 1))).sum())
+
+
+def _radial_information(freedom: float, left: int, right: int) -> float:
+    def term(a: float) -> float:
+        return float(gammaln(a / 2) - a / 2 * digamma(a / 2))
+
+    return term(freedom) + term(freedom + left + right) - term(freedom + left) - term(freedom + right)
