@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +16,19 @@ from tinyalign.memory.codec import dtype_name
 from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
+from tinyalign.memory.refresh import DriftReport, Encode, Records, check_bank, refresh_bank
 from tinyalign.memory.resident import ResidentBank
-from tinyalign.memory.retrieval import Hits, Limits, Neighbours, Where
+from tinyalign.memory.retrieval import Entry, Hits, Limits, Neighbours, Where
+from tinyalign.memory.transform import KeyTransform
 from tinyalign.memory.verification import VerifyReport, verified
-
-
-class Entry(NamedTuple):
-    """One entry of a bank."""
-
-    key: Tensor  # (D,) float32
-    value: Tensor  # value_shape
-    id: int
-    group: int
-    metadata: dict[str, Any]
 
 
 class MemoryBank:
     """Keys to search and values to retrieve, kept exact, durable and free of leaks.
 
     ``ids`` are the caller's sample ids, ``groups`` tie duplicates (one image, several captions) together; both can be
-    excluded per query, so that a training sample never retrieves itself or its twins. Keys are stored once, in
-    ``key_dtype``; search is exact over what is stored. A bank lives in memory until ``save``; a loaded one is mapped
-    from its files, and ``commit`` makes later ``add`` and ``remove`` calls durable.
+    excluded per query, so that a sample never retrieves itself or its twins. Search is exact over the keys as stored. A
+    bank lives in memory until ``save``; a loaded one is mapped, and ``commit`` makes later changes durable.
 
     Args:
         key_dim: width D of keys and queries.
@@ -46,6 +37,7 @@ class MemoryBank:
         value_dtype: float16, bfloat16, float32, or int8 (centred, one scale per entry).
         key_dtype: float16, bfloat16 or float32.
         fingerprint: plain fields that say what made keys (``key.*``), values (``value.*``) and data (``data.*``).
+        transform: centring or whitening, applied to keys and queries of width ``key_dim`` and saved with the bank.
 
     Raises:
         ValueError: a size is not positive, or the metric or a dtype is unknown.
@@ -69,9 +61,14 @@ class MemoryBank:
         value_dtype: torch.dtype = torch.float16,
         key_dtype: torch.dtype = torch.float16,
         fingerprint: Mapping[str, Any] | None = None,
+        transform: KeyTransform | None = None,
     ) -> None:
-        spec = BankSpec(int(key_dim), tuple(int(size) for size in value_shape), metric, key_dtype, value_dtype)
-        self._contents = Contents(spec)
+        if transform is not None and transform.input_dim != key_dim:
+            found = transform.input_dim
+            raise ValueError(f"MemoryBank: transform must take keys of width {key_dim}, got {found}. Fit it to those.")
+        width = int(key_dim) if transform is None else transform.output_dim
+        spec = BankSpec(width, tuple(int(size) for size in value_shape), metric, key_dtype, value_dtype)
+        self._contents = Contents(spec, transform=transform)
         self._home: saving.Home | None = None
         self.fingerprint: Fingerprint = checked_fingerprint(fingerprint, "MemoryBank")
 
@@ -92,7 +89,7 @@ class MemoryBank:
     @property
     def key_dim(self) -> int:
         """Width D of keys and queries."""
-        return self._contents.spec.key_dim
+        return self._contents.input_dim
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -200,8 +197,10 @@ class MemoryBank:
             ValueError: the bank is empty, k negative, a query of another width, not finite or (cosine) zero.
             FingerprintMismatch: the queries were made by something else.
         """
-        limits = Limits(exclude_ids, exclude_groups, where, max_score)
-        found = self._neighbours(queries, k, limits, method, fingerprint)
+        found = self.neighbours(
+            queries, k, exclude_ids=exclude_ids, exclude_groups=exclude_groups, where=where,
+            max_score=max_score, method=method, fingerprint=fingerprint,
+        )  # fmt: skip
         values, _ = self.gather(found.ids)
         return Hits(found.scores, found.ids, values, found.mask)
 
@@ -218,15 +217,10 @@ class MemoryBank:
         fingerprint: Mapping[str, Any] | None = None,
     ) -> Neighbours:
         """Return what ``search`` returns, without reading any value."""
-        limits = Limits(exclude_ids, exclude_groups, where, max_score)
-        return self._neighbours(queries, k, limits, method, fingerprint)
-
-    def _neighbours(
-        self, queries: Tensor, k: int, limits: Limits, method: str, fingerprint: Mapping[str, Any] | None
-    ) -> Neighbours:
         if fingerprint is not None:
             require_match(self.fingerprint, fingerprint, retrieval.CALLER, "key.")
         checked = retrieval.checked_queries(self._contents, queries, k)
+        limits = Limits(exclude_ids, exclude_groups, where, max_score)
         top = retrieval.top_rows(self._contents, checked, int(k), limits, method)
         return retrieval.as_neighbours(self._contents, top, queries.device)
 
@@ -266,25 +260,21 @@ class MemoryBank:
         return ResidentBank(self._contents, [torch.device(each) for each in devices], values=values)
 
     def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Return stored keys as float32, (n, D), for the given ids or all entries."""
+        """Return stored (transformed) keys as float32, (n, D), for the given ids or all entries."""
         where = "MemoryBank.keys"
         rows = self._contents.table.live_rows() if ids is None else self._contents.rows_of(ids, where)
         return self._contents.keys_at(torch.from_numpy(rows))
+
+    def project(self, queries: Tensor) -> Tensor:
+        """Return queries (B, D) as they are compared with ``keys()``: transformed, of unit length for cosine."""
+        return retrieval.checked_queries(self._contents, queries, 0)
 
     def metadata(self, ids: Sequence[int] | Tensor) -> list[dict[str, Any]]:
         """Return the metadata of entries, an empty dict where they have none."""
         return self._contents.notes_at(self._contents.rows_of(ids, "MemoryBank.metadata"))
 
     def __getitem__(self, entry_id: int) -> Entry:
-        rows = self._contents.rows_of(torch.tensor([entry_id]), "MemoryBank[id]")
-        at = torch.from_numpy(rows)
-        return Entry(
-            key=self._contents.keys_at(at)[0],
-            value=self._contents.values_at(at)[0].reshape(self.value_shape),
-            id=int(entry_id),
-            group=int(self._contents.table.column("groups")[rows[0]]),
-            metadata=self._contents.notes_at(rows)[0],
-        )
+        return retrieval.entry_of(self._contents, entry_id)
 
     def content_hash(self) -> str:
         """Return 32 hex digits that name the keys and ids of all entries; saving and compacting leave it as it is."""
@@ -295,13 +285,10 @@ class MemoryBank:
         require_match(self.fingerprint, other, "MemoryBank.require_fingerprint", prefix)
 
     def save(self, path: str | Path) -> Path:
-        """Make the bank durable at ``path`` and continue from there: a commit where it lives there already.
-
-        A bank that stands at ``path`` is replaced in one step; a kill leaves the old one or the new one.
+        """Make the bank durable at ``path`` and continue from there; a bank that stands there is replaced in one step.
 
         Raises:
-            BankError: the path holds something else, the disk is full.
-            BankLockedError: another process is writing there.
+            BankError: the path holds something else, the disk is full, or (``BankLockedError``) another process writes.
         """
         directory = Path(path).absolute()
         if self._home is not None and directory == self._home.directory:
@@ -315,8 +302,7 @@ class MemoryBank:
         """Write what was added and removed as the next generation; returns its number.
 
         Raises:
-            StaleBankError: another process committed since this bank was loaded.
-            BankLockedError: another process is writing.
+            BankError: another process is writing (``BankLockedError``) or has committed since (``StaleBankError``).
         """
         caller = "MemoryBank.commit"
         home = self._saved(caller)
@@ -335,6 +321,41 @@ class MemoryBank:
         saving.save_all(self._contents, self.fingerprint, home.directory, "MemoryBank.compact", expected=home)
         self._reopen(home.directory, mapped=home.mapped, caller="MemoryBank.compact")
         return dropped
+
+    def check(self, encode: Encode, n: int = 64, *, records: Records = None, seed: int = 0) -> DriftReport:
+        """Encode ``n`` sampled entries again and report how far keys and values have drifted from the stored ones.
+
+        ``encode`` gets ``records[id]`` (a mapping or a function) of each, or their metadata when there are no records.
+        """
+        return check_bank(self._contents, encode, n, records, seed)
+
+    def refresh(
+        self,
+        encode: Encode,
+        *,
+        part: str = "both",
+        records: Records = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
+        commit_every: int = 4096,
+        resume: bool = True,
+        progress: bool = True,
+    ) -> int:
+        """Encode all entries again into the next generation: ``keys``, ``values`` or ``both``; returns its number.
+
+        The fields of ``fingerprint`` replace the bank's. A killed refresh loses at most ``commit_every`` records and
+        goes on from there, unless ``resume`` is False. See ``check`` for ``encode`` and ``records``.
+        """
+        where = "MemoryBank.refresh"
+        home = self._saved(where)
+        self.commit()
+        prints = {**self.fingerprint, **checked_fingerprint(fingerprint, where)}
+        refresh_bank(
+            self._contents, self._home or home, prints, encode, part=part, records=records,
+            batch_size=batch_size, commit_every=commit_every, resume=resume, progress=progress,
+        )  # fmt: skip
+        self._reopen(home.directory, mapped=home.mapped, caller=where)
+        return self.generation
 
     def verify(self) -> VerifyReport:
         """Read every file of the saved generation and compare it with its checksums.
@@ -357,8 +378,7 @@ class MemoryBank:
         """Open a saved bank, mapped so that processes share its pages, or (``mmap=False``) read into memory.
 
         Raises:
-            BankError: there is no bank at ``path``.
-            BankCorruptedError: a file is missing, or its size is not what the manifest says.
+            BankError: there is no bank, or (``BankCorruptedError``) a file is missing or has another size.
         """
         bank = cls.__new__(cls)
         bank._reopen(Path(path).absolute(), mapped=mmap, caller="MemoryBank.load")
@@ -369,8 +389,7 @@ class MemoryBank:
         """Join banks of one kind and one fingerprint into a bank in memory, entries in the order of ``banks``.
 
         Raises:
-            BankError: there are none, their sizes or dtypes differ, or an id is in two of them.
-            FingerprintMismatch: they were made by different things.
+            BankError: there are none, they were made differently, or an id is in two of them.
         """
         joined = cls.__new__(cls)
         joined._contents = saving.merged([(b._contents, b.fingerprint) for b in banks], "MemoryBank.merge")

@@ -21,6 +21,7 @@ from tinyalign.memory.errors import UnknownIdError
 from tinyalign.memory.manifest import METRICS
 from tinyalign.memory.rows import RowTable
 from tinyalign.memory.segment import Columns, decode_note
+from tinyalign.memory.transform import KeyTransform
 
 HASHED_AT_ONCE = 4096
 
@@ -69,8 +70,11 @@ class BankSpec:
 class Contents:
     """Entries with their codec and the next free id."""
 
-    def __init__(self, spec: BankSpec, center: Tensor | None = None, next_id: int = 0) -> None:
+    def __init__(
+        self, spec: BankSpec, center: Tensor | None = None, next_id: int = 0, transform: KeyTransform | None = None
+    ) -> None:
         self.spec = spec
+        self.transform = transform
         self.codec = ValueCodec(spec.value_dtype, center)
         self.table = RowTable(spec.empty())
         self.next_id = next_id
@@ -88,7 +92,7 @@ class Contents:
     ) -> Tensor:
         """Check everything, then add; nothing changes when a check fails."""
         spec = self.spec
-        keys = inputs.float_rows(keys, (spec.key_dim,), where, "keys")
+        keys = inputs.float_rows(keys, (self.input_dim,), where, "keys")
         values = inputs.float_rows(values, spec.value_shape, where, "values")
         count = keys.shape[0]
         if values.shape[0] != count:
@@ -114,10 +118,22 @@ class Contents:
 
     def stored_keys(self, keys: Tensor, where: str) -> Tensor:
         """Return keys as they are kept: finite, of unit length for cosine, in the key dtype."""
-        keys = inputs.finite_rows(keys, where, "keys")
-        if self.spec.metric == "cosine":
-            keys = inputs.normalised(keys, where, "keys")
-        return inputs.stored_as(keys, self.spec.key_dtype, where, "keys")
+        return inputs.stored_as(self.searchable(keys, where, "keys"), self.spec.key_dtype, where, "keys")
+
+    @property
+    def input_dim(self) -> int:
+        """Width of the keys and queries that callers hand in."""
+        return self.spec.key_dim if self.transform is None else self.transform.input_dim
+
+    def searchable(self, rows: Tensor, where: str, name: str) -> Tensor:
+        """Return keys or queries (n, input_dim) as they are compared: transformed, of unit length for cosine."""
+        rows = inputs.finite_rows(rows, where, name)
+        cosine = self.spec.metric == "cosine"
+        rows = inputs.normalised(rows, where, name) if cosine else rows
+        if self.transform is not None:
+            rows = self.transform(rows)
+            rows = inputs.normalised(rows, where, name) if cosine else rows
+        return rows
 
     def _new_ids(self, ids: Sequence[int] | Tensor | None, count: int, where: str) -> np.ndarray:
         if ids is None:

@@ -188,6 +188,11 @@ def _parse(content: dict[str, Any], caller: str) -> Manifest:
     return manifest
 
 
+def transform_size(numbers: int, key_dim: int) -> int:
+    """Return the closest size from above that a key transform to ``key_dim`` can have: a mean, or mean and matrix."""
+    return numbers if numbers == key_dim else -(-max(numbers, 1) // (1 + key_dim)) * (1 + key_dim)
+
+
 def _segment(entry: Any) -> SegmentEntry:
     name = entry["name"]
     _rule(isinstance(name, str) and SEGMENT_NAME.match(name) is not None, f"a segment called {name!r}")
@@ -213,6 +218,7 @@ def _check_sizes(manifest: Manifest, segment: SegmentEntry) -> None:
         "scales.bin": lambda: 4 * segment.rows,
         "note_offsets.bin": lambda: 8 * (segment.rows + 1),
         "center.bin": lambda: 4 * manifest.value_size,
+        "transform.bin": lambda: 4 * transform_size(segment.files["transform.bin"].size // 4, manifest.key_dim),
     }
     for name, size in expected.items():
         if name in segment.files:

@@ -45,7 +45,7 @@ class ResidentBank:
     def __init__(self, contents: Contents, devices: Sequence[torch.device], *, values: bool = True) -> None:
         if not len(contents.table):
             raise BankError("MemoryBank.to: the bank must hold entries, got 0. Add some first.")
-        self.spec = contents.spec
+        self.spec, self.input_dim, self._transform = contents.spec, contents.input_dim, contents.transform
         rows = torch.from_numpy(contents.table.live_rows())
         ids = torch.from_numpy(contents.table.column("ids"))[rows]
         order = ids.argsort()  # sorted within each shard, so that an id is found by bisection
@@ -83,17 +83,20 @@ class ResidentBank:
         """Return the k best entries of each query without their values."""
         if isinstance(k, bool) or not isinstance(k, int) or k < 0:
             raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
-        if queries.ndim != 2 or queries.shape[1] != self.spec.key_dim or not queries.is_floating_point():
+        if queries.ndim != 2 or queries.shape[1] != self.input_dim or not queries.is_floating_point():
             raise ValueError(
-                f"{CALLER}: queries must be float (B, {self.spec.key_dim}), got {queries.dtype} "
+                f"{CALLER}: queries must be float (B, {self.input_dim}), got {queries.dtype} "
                 f"{tuple(queries.shape)}. Pass one row per query."
             )
         device = queries.device
         ids = self._padded(exclude_ids, queries, "exclude_ids")
         groups = self._padded(exclude_groups, queries, "exclude_groups")
         queries = queries.to(torch.float32)
-        if self.spec.metric == "cosine":
-            queries = queries / torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
+        cosine = self.spec.metric == "cosine"
+        queries = torch.nn.functional.normalize(queries, dim=-1, eps=0.0) if cosine else queries
+        if self._transform is not None:
+            queries = self._transform(queries)
+            queries = torch.nn.functional.normalize(queries, dim=-1, eps=0.0) if cosine else queries
         found = [_top(shard, queries, k, ids, groups) for shard in self._shards]
         scores = torch.cat([scores.to(device, non_blocking=True) for scores, _ in found], dim=1)
         hits = torch.cat([ids.to(device, non_blocking=True) for _, ids in found], dim=1)

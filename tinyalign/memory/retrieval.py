@@ -41,6 +41,16 @@ class Neighbours(NamedTuple):
     mask: Tensor  # (B, K) bool
 
 
+class Entry(NamedTuple):
+    """One entry of a bank."""
+
+    key: Tensor  # (D,) float32
+    value: Tensor  # value_shape
+    id: int
+    group: int
+    metadata: dict[str, Any]
+
+
 class Limits(NamedTuple):
     """What a search must leave out."""
 
@@ -57,13 +67,10 @@ def checked_queries(contents: Contents, queries: Any, k: Any) -> Tensor:
     """Return queries (B, D) on the CPU as float32, of unit length for cosine."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
         raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
-    checked = inputs.float_rows(queries, (contents.spec.key_dim,), CALLER, "queries")
+    checked = inputs.float_rows(queries, (contents.input_dim,), CALLER, "queries")
     if not len(contents.table):
         raise BankError(f"{CALLER}: the bank must hold entries, got 0. Add some, or build it with build_memory_bank.")
-    checked = inputs.finite_rows(checked, CALLER, "queries")
-    if contents.spec.metric == "cosine":
-        checked = inputs.normalised(checked, CALLER, "queries")
-    return checked.to(torch.float32).contiguous()
+    return contents.searchable(checked, CALLER, "queries").to(torch.float32).contiguous()
 
 
 def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits, method: str = "exact") -> TopRows:
@@ -144,3 +151,16 @@ def values_of(contents: Contents, ids: Any) -> tuple[Tensor, Tensor]:
     if len(absent):
         values[torch.from_numpy(absent)] = 0
     return values.reshape(*wanted.shape, *contents.spec.value_shape).to(device), mask.to(device)
+
+
+def entry_of(contents: Contents, entry_id: int) -> Entry:
+    """Return one entry by its id."""
+    rows = contents.rows_of([entry_id], "MemoryBank[id]")
+    at = torch.from_numpy(rows)
+    return Entry(
+        key=contents.keys_at(at)[0],
+        value=contents.values_at(at)[0].reshape(contents.spec.value_shape),
+        id=int(entry_id),
+        group=int(contents.table.column("groups")[rows[0]]),
+        metadata=contents.notes_at(rows)[0],
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from tinyalign.memory.errors import BankError, StaleBankError
 from tinyalign.memory.fingerprint import Fingerprint, require_match
 from tinyalign.memory.lock import writer_lock
 from tinyalign.memory.manifest import POINTERS, Manifest, SegmentEntry
+from tinyalign.memory.rows import RowSource
 from tinyalign.memory.segment import GrowingSegment
 from tinyalign.memory.store import (
     ROWS_PER_WRITE,
@@ -29,6 +30,7 @@ from tinyalign.memory.store import (
     write_rows,
 )
 
+LASTING = ("center", "transform")  # what later generations go on using
 MOST_SEGMENTS = 32  # each one open costs a few file handles
 
 
@@ -60,7 +62,7 @@ def load(path: Path, *, mapped: bool, caller: str) -> Loaded:
         KEY_DTYPES[manifest.key_dtype],
         VALUE_DTYPES[manifest.value_dtype],
     )
-    contents = Contents(spec, opened.center, manifest.next_id)
+    contents = Contents(spec, opened.center, manifest.next_id, opened.transform)
     for segment in opened.segments:
         contents.table.attach(segment)
     contents.table.mark_dead(opened.dead)
@@ -74,20 +76,23 @@ def save_all(
     caller: str,
     expected: Home | None = None,
     codec: ValueCodec | None = None,
+    table: RowSource | None = None,
 ) -> Manifest:
     """Write every live entry as one new segment and make it the whole of the next generation.
 
-    ``codec`` stores the values in another dtype; an int8 one without a center gets the mean of all entries.
+    ``codec`` stores the values in another dtype; an int8 one without a center gets the mean of all entries. ``table``
+    takes the place of the contents' own rows.
     """
+    table = contents.table if table is None else table
     prepare(path, caller)
     with writer_lock(path, caller):
         before = current(path, caller) if expected is None else _unchanged(expected, caller)
         sweep(path, before)
         generation = before.generation + 1 if before else 1
         with new_segment(path, generation, caller) as folder:
-            rows = contents.table.live_rows()
+            rows = table.live_rows()
             codec = _fitted(contents, rows, codec)
-            entry = _write_segment(contents, rows, folder, codec=codec)
+            entry = _write_segment(contents, rows, folder, codec=codec, table=table)
         manifest = _manifest(contents, fingerprint, generation, (entry,) if entry.files else (), codec=codec)
         publish(path, manifest, caller)
     return manifest
@@ -102,10 +107,14 @@ def commit(contents: Contents, fingerprint: Fingerprint, home: Home, caller: str
         kept = before.segments[: fold_point([segment.rows for segment in before.segments])]
         base = sum(segment.rows for segment in kept)
         rows, dead = contents.table.live_rows(), contents.table.dead
+        names = {segment.name for segment in kept}
+        pointers = {r: n for r, n in before.pointers.items() if r in LASTING and n in names}
         with new_segment(home.directory, generation, caller) as folder:
-            entry = _write_segment(contents, rows[rows >= base], folder, removed=dead[dead < base])
-        kept = tuple(segment for segment in kept if segment.rows)
-        manifest = _manifest(contents, fingerprint, generation, (*kept, *([entry] if entry.files else [])))
+            new = rows[rows >= base]
+            entry = _write_segment(contents, new, folder, removed=dead[dead < base], present=pointers.keys())
+        kept = tuple(segment for segment in kept if segment.rows or segment.name in pointers.values())
+        segments = (*kept, *([entry] if entry.files else []))
+        manifest = _manifest(contents, fingerprint, generation, segments, pointers)
         publish(home.directory, manifest, caller)
     return manifest
 
@@ -152,12 +161,17 @@ def _write_segment(
     folder: Path,
     removed: np.ndarray | None = None,
     codec: ValueCodec | None = None,
+    present: Collection[str] = (),
+    table: RowSource | None = None,
 ) -> SegmentEntry:
     recode = None if codec is None else lambda chunk: codec.encode(contents.values_at(chunk))
-    files = write_rows(contents.table, rows, folder, recode) if len(rows) else {}
+    files = write_rows(contents.table if table is None else table, rows, folder, recode) if len(rows) else {}
     center = (codec or contents.codec).center
-    if center is not None:
+    if center is not None and "center" not in present:
         files["center.bin"] = write_blocks(folder / "center.bin", [tensor_bytes(center)])
+    if contents.transform is not None and "transform" not in present:
+        packed = tensor_bytes(contents.transform.packed())
+        files["transform.bin"] = write_blocks(folder / "transform.bin", [packed])
     if removed is not None and len(removed):
         files["removed.bin"] = write_blocks(folder / "removed.bin", [tensor_bytes(torch.from_numpy(removed))])
     return SegmentEntry(folder.name, len(rows), files)
@@ -168,11 +182,13 @@ def _manifest(
     fingerprint: Fingerprint,
     generation: int,
     segments: tuple[SegmentEntry, ...],
+    kept_pointers: Mapping[str, str] | None = None,
     codec: ValueCodec | None = None,
 ) -> Manifest:
     spec = contents.spec
     last = segments[-1] if segments else None
-    pointers = {role: last.name for role in POINTERS if last is not None and f"{role}.bin" in last.files}
+    pointers = dict(kept_pointers or {})
+    pointers.update({role: last.name for role in POINTERS if last is not None and f"{role}.bin" in last.files})
     return Manifest(
         generation=generation,
         key_dim=spec.key_dim,
@@ -195,7 +211,7 @@ def pending(contents: Contents, fingerprint: Fingerprint, home: Home) -> bool:
 
 def compacted(contents: Contents) -> Contents:
     """Copy the live entries into one run of rows."""
-    compact = Contents(contents.spec, contents.codec.center, contents.next_id)
+    compact = Contents(contents.spec, contents.codec.center, contents.next_id, contents.transform)
     _copy_rows(compact, contents)
     return compact
 
@@ -211,7 +227,9 @@ def merged(banks: Sequence[tuple[Contents, Fingerprint]], caller: str) -> Conten
                 f"{caller}: banks must agree, got {other.spec} at {position} beside {first.spec}. Rebuild one."
             )
         require_match(print_, theirs, caller)
-    joined = Contents(first.spec, first.codec.center, max(bank.next_id for bank, _ in banks))
+        if other.transform != first.transform:
+            raise BankError(f"{caller}: banks must share one key transform, got another at {position}. Rebuild one.")
+    joined = Contents(first.spec, first.codec.center, max(bank.next_id for bank, _ in banks), first.transform)
     for bank, _ in banks:
         _join(joined, bank)
     ids = joined.table.column("ids")[joined.table.live_rows()]

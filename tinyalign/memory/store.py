@@ -22,8 +22,9 @@ from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES
 from tinyalign.memory.errors import BankCorruptedError, BankError
 from tinyalign.memory.manifest import MANIFEST, SEGMENTS, FileEntry, Manifest, SegmentEntry, read_manifest
 from tinyalign.memory.pages import Pages
-from tinyalign.memory.rows import RowTable
+from tinyalign.memory.rows import RowSource
 from tinyalign.memory.segment import Columns, FixedSegment, Notes
+from tinyalign.memory.transform import KeyTransform
 
 ROWS_PER_WRITE = 4096
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,10 +37,11 @@ class Opened(NamedTuple):
     segments: list[FixedSegment]
     dead: np.ndarray
     center: Tensor | None
+    transform: KeyTransform | None
 
 
 def write_rows(
-    table: RowTable,
+    table: RowSource,
     rows: np.ndarray,
     folder: Path,
     recode: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
@@ -175,7 +177,9 @@ def _open(directory: Path, manifest: Manifest, caller: str, *, mapped: bool) -> 
             f"{caller}: removed.bin of {directory} must list rows in order, got others. Restore a copy."
         )
     center = small["center"].view(torch.float32) if "center" in small else None
-    return Opened(manifest, segments, dead, center)
+    packed = small["transform"].view(torch.float32) if "transform" in small else None
+    transform = None if packed is None else KeyTransform.unpacked(packed, manifest.key_dim)
+    return Opened(manifest, segments, dead, center, transform)
 
 
 def _read_small(path: Path, entry: FileEntry, caller: str) -> Tensor:

@@ -1,0 +1,202 @@
+"""Drift of an encoder is reported; a refresh makes keys, values or both anew, and survives kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from tinyalign.memory import BankError, EncodedBatch, KeyTransform, MemoryBank, StaleBankError
+
+
+def made_by(turn, shift=0.0):
+    """An encoder whose keys turn with ``turn`` and whose values move with ``shift``; a record is ``{"n": number}``."""
+
+    def encode(records):
+        angle = torch.tensor([0.3 * r["n"] for r in records]) + turn
+        keys = torch.stack([angle.cos(), angle.sin(), torch.ones(len(records))], dim=1)
+        values = torch.tensor([[r["n"] + 1.0 + shift, 1.0] for r in records])
+        return EncodedBatch(keys, values, ids=[0] * len(records))
+
+    return encode
+
+
+def bank_by(encode, num=20, **options):
+    bank = MemoryBank(3, (2,), **options)
+    records = [{"n": n} for n in range(num)]
+    made = encode(records)
+    bank.add(made.keys, made.values, ids=range(100, 100 + num), groups=[n // 2 for n in range(num)], metadata=records)
+    return bank
+
+
+def test_check_finds_none_for_the_same_encoder_and_drift_for_another():
+    bank = bank_by(made_by(0.0))
+    same = bank.check(made_by(0.0), n=8)
+    assert same.num_entries == 8
+    assert same.key_largest < 1e-6
+    assert same.value_largest < 1e-3
+    turned = bank.check(made_by(0.5), n=100)
+    assert turned.num_entries == 20
+    expected = 1 - (torch.tensor(0.5).cos() + 1) / 2  # a turn about the third axis
+    assert turned.key_mean == pytest.approx(float(expected), abs=1e-3)
+    moved = bank.check(made_by(0.0, shift=1.0), n=100)
+    assert moved.key_largest < 1e-6
+    assert moved.value_largest == pytest.approx(1 / 2**0.5, rel=1e-3)  # the entry whose value is (1, 1)
+    by_id = bank.check(made_by(0.0), n=5, records={100 + n: {"n": n} for n in range(20)})
+    assert by_id.key_largest < 1e-6
+    by_call = bank.check(made_by(0.0), n=5, records=lambda entry: {"n": entry - 99})
+    assert by_call.key_mean > 0.01
+    assert by_call.worst_id in bank
+
+
+def test_check_of_a_transformed_bank():
+    keys = made_by(0.0)([{"n": n} for n in range(20)]).keys
+    bank = bank_by(made_by(0.0), transform=KeyTransform.fit(keys))
+    assert bank.check(made_by(0.0), n=20).key_largest < 1e-5
+    assert bank.check(made_by(0.5), n=20).key_mean > 0.05
+
+
+def test_check_refuses_what_cannot_be_compared():
+    bank = bank_by(made_by(0.0))
+    with pytest.raises(ValueError, match="n must be positive, got 0"):
+        bank.check(made_by(0.0), n=0)
+    with pytest.raises(BankError, match="the bank must hold entries, got 0"):
+        MemoryBank(3, (2,)).check(made_by(0.0))
+    with pytest.raises(BankError, match="keys must have width 3, got 2"):
+        bank.check(lambda records: EncodedBatch(torch.ones(len(records), 2), torch.ones(len(records), 2), []))
+    with pytest.raises(BankError, match="values must hold 2 numbers, got 5"):
+        bank.check(lambda records: EncodedBatch(torch.ones(len(records), 3), torch.ones(len(records), 5), []))
+    with pytest.raises(ValueError, match="encode must return 20 rows, got 1"):
+        bank.check(lambda records: EncodedBatch(torch.ones(1, 3), torch.ones(1, 2), []))
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("part", ["keys", "values", "both"])
+def test_refresh_equals_building_anew(tmp_path, part, value_dtype):
+    bank = bank_by(made_by(0.0), value_dtype=value_dtype, fingerprint={"key.encoder": "old", "data.n": 20})
+    bank.save(tmp_path / "bank")
+    bank.remove([105])
+    old_keys, old_values = bank.keys(), bank.gather(bank.ids)[0]
+    reader = MemoryBank.load(tmp_path / "bank")
+    generation = bank.refresh(
+        made_by(0.5, shift=3.0), part=part, fingerprint={"key.encoder": "new"}, batch_size=6, progress=False
+    )
+    assert generation == bank.generation == 3
+    fresh = bank_by(made_by(0.5, shift=3.0), key_dtype=torch.float16, value_dtype=torch.float32)
+    ids = [100 + n for n in range(20) if n != 5]
+    assert bank.ids.tolist() == ids
+    assert bank.groups.tolist() == [n // 2 for n in range(20) if n != 5]
+    assert bank.metadata([103]) == [{"n": 3}]
+    values = bank.gather(bank.ids)[0].float()
+    assert torch.equal(bank.keys(), fresh.keys(ids) if part != "values" else old_keys)
+    if part == "keys":
+        assert torch.equal(values, old_values.float())
+    else:
+        torch.testing.assert_close(values, fresh.gather(torch.tensor(ids))[0], atol=0.1, rtol=1e-3)
+    assert bank.value_dtype == value_dtype
+    assert bank.metric == "cosine"
+    assert bank.fingerprint == {"key.encoder": "new", "data.n": 20}
+    bank.verify()
+    assert len(reader) == 20
+    assert [e.name for e in tmp_path.iterdir()] == ["bank"]
+    assert int(bank.neighbours(bank.keys([107]), 1).ids) == 107
+
+
+def test_refresh_with_a_transform_and_another_width(tmp_path):
+    records = [{"n": n} for n in range(20)]
+    keys = made_by(0.0)(records).keys
+    bank = bank_by(made_by(0.0), transform=KeyTransform.fit(keys, whiten=True, dim=2))
+    bank.save(tmp_path / "bank")
+    for part in ("values", "keys", "both"):
+        bank.refresh(made_by(0.0), part=part, progress=False)
+        assert bank.check(made_by(0.0), n=20).key_largest < 1e-4
+    plain = bank_by(made_by(0.0))
+    plain.save(tmp_path / "plain")
+
+    def wider(records):
+        made = made_by(0.0)(records)
+        return made._replace(keys=torch.cat([made.keys, made.keys], dim=1))
+
+    plain.refresh(wider, part="keys", progress=False)
+    assert plain.key_dim == 6
+    assert plain.keys().shape == (20, 6)
+
+
+def test_refresh_refuses(tmp_path):
+    bank = bank_by(made_by(0.0))
+    with pytest.raises(BankError, match=r"MemoryBank.refresh: the bank must have been saved"):
+        bank.refresh(made_by(0.0), progress=False)
+    bank.save(tmp_path / "bank")
+    with pytest.raises(ValueError, match="part must be one of both, keys, values, got 'half'"):
+        bank.refresh(made_by(0.0), part="half", progress=False)
+
+    def overtaken(records):
+        other = MemoryBank.load(tmp_path / "bank")
+        if 100 in other:
+            other.remove([100])
+            other.commit()
+        return made_by(0.0)(records)
+
+    with pytest.raises(StaleBankError, match=r"MemoryBank\.refresh: .* generation 1, got generation 2"):
+        bank.refresh(overtaken, progress=False)
+    assert len(MemoryBank.load(tmp_path / "bank")) == 19
+
+
+def test_kills_during_refresh(tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    path = tmp_path / "bank"
+    bank_by(made_by(0.0), 60).save(path)
+    turns = {}
+    for seed in range(20):
+        child = os.fork()
+        if not child:
+            try:
+                for step in range(100):
+                    MemoryBank.load(path).refresh(
+                        made_by(0.0, shift=float(seed + 100 * step)), batch_size=20, progress=False, resume=False,
+                        fingerprint={"value.shift": seed + 100 * step},
+                    )  # fmt: skip
+            except Exception as error:  # noqa: BLE001 (told to the parent)
+                (tmp_path / f"error{seed}").write_text(repr(error))
+            finally:
+                os._exit(0)
+        time.sleep(random.Random(seed).uniform(0.02, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        bank = MemoryBank.load(path)
+        bank.verify()
+        shift = float(bank.fingerprint.get("value.shift", 0))
+        assert bank.check(made_by(0.0, shift=shift), n=60).value_largest < 1e-3
+        turns[seed] = shift
+    assert not list(tmp_path.glob("error*")), [p.read_text() for p in tmp_path.glob("error*")]
+    assert len(set(turns.values())) > 5
+
+
+def test_a_killed_refresh_goes_on_where_it_was(tmp_path):
+    bank = bank_by(made_by(0.0))
+    bank.save(tmp_path / "bank")
+    seen = []
+
+    def dies(records):
+        seen.extend(r["n"] for r in records)
+        if len(seen) > 12:
+            raise KeyboardInterrupt
+        return made_by(0.5)(records)
+
+    with pytest.raises(KeyboardInterrupt):
+        bank.refresh(dies, batch_size=4, commit_every=8, progress=False)
+    bank = MemoryBank.load(tmp_path / "bank")
+    assert bank.check(made_by(0.0), n=20).key_largest < 1e-6
+    with pytest.raises(BankError, match=r"same plan.*build.refresh.*Pass resume=False"):
+        bank.refresh(made_by(0.5), part="keys", batch_size=4, progress=False)
+    seen.clear()
+    bank.refresh(
+        lambda records: [seen.extend(r["n"] for r in records), made_by(0.5)(records)][1], batch_size=4, progress=False
+    )
+    assert seen == list(range(8, 20))
+    assert bank.check(made_by(0.5), n=20).key_largest < 1e-6

@@ -1,0 +1,196 @@
+"""Is the retrieval any good? Recall of labels, hubs, the spread of scores, and how crowded the keys are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyalign.memory.bank import MemoryBank
+from tinyalign.memory.inputs import float_rows, normalised
+from tinyalign.memory.transform import KeyTransform
+
+
+class RetrievalReport(NamedTuple):
+    """How well a set of queries retrieves, averaged over queries.
+
+    ``recall_at_k``: share of queries with at least one of k neighbours of their label. ``precision_at_k``: share of
+    neighbours of the query's label. ``chance_at_k``: recall of k entries drawn at random, the level to beat.
+    """
+
+    num_queries: int
+    k: int
+    recall_at_k: float
+    precision_at_k: float
+    chance_at_k: float
+
+
+class HubReport(NamedTuple):
+    """How unevenly entries are retrieved: counts of how often each of the M entries is among the k neighbours.
+
+    ``skewness`` of the counts is near 0 without hubs, and above 1 with marked ones; ``top_share`` is the share of all
+    retrievals that goes to the 1 % most retrieved entries; ``never_retrieved`` the share of entries that nobody found.
+    """
+
+    skewness: float
+    top_share: float
+    never_retrieved: float
+    busiest_id: int
+    busiest_count: int
+
+
+class ScoreReport(NamedTuple):
+    """Scores of the best neighbour, of the k-th, and of random entries: the gap is what the ranking rests on."""
+
+    best: float
+    kth: float
+    random: float
+    random_deviation: float
+
+
+class AnisotropyReport(NamedTuple):
+    """How crowded keys of unit length are.
+
+    ``mean_cosine`` between random pairs (0 when directions are spread out); ``mean_share``: squared length of the mean
+    key, what all share; ``effective_dim``: participation ratio of the covariance spectrum, D when all directions count
+    alike.
+    """
+
+    mean_cosine: float
+    mean_share: float
+    effective_dim: float
+
+
+def retrieval_report(
+    bank: MemoryBank,
+    queries: Tensor,
+    labels: Sequence[Any],
+    label_of: Mapping[int, Any] | str,
+    k: int = 5,
+    **search: Any,
+) -> RetrievalReport:
+    """Compare the labels of k neighbours with those of the queries: same answer, same group, same caption, ...
+
+    Args:
+        bank: what is searched.
+        queries: (B, D).
+        labels: what each query should find.
+        label_of: id -> label of the bank's entries, ``"group"`` for their groups, or the name of a metadata field.
+        k: neighbours per query.
+        search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``.
+
+    Raises:
+        ValueError: there are no queries, or not as many labels.
+
+    Example:
+        >>> bank = MemoryBank(2, (1,))
+        >>> ids = bank.add(torch.eye(2), torch.ones(2, 1), metadata=[{"digit": 3}, {"digit": 7}])
+        >>> retrieval_report(bank, torch.eye(2), [3, 3], "digit", k=1).recall_at_k
+        0.5
+    """
+    where = "retrieval_report"
+    if not len(labels) or queries.shape[0] != len(labels):
+        raise ValueError(f"{where}: labels must be one per query, got {len(labels)} for {queries.shape[0]} queries.")
+    found = bank.neighbours(queries, k, **search)
+    ids = bank.ids.tolist()
+    if isinstance(label_of, str):
+        known = (
+            dict(zip(ids, bank.groups.tolist(), strict=True))
+            if label_of == "group"
+            else {i: note.get(label_of) for i, note in zip(ids, bank.metadata(ids), strict=True)}
+        )
+    else:
+        known = {i: label_of[i] for i in ids}
+    counts: dict[Any, int] = {}
+    for label in known.values():
+        counts[label] = counts.get(label, 0) + 1
+    recalled = right = given = chance = 0.0
+    for label, hits, mask in zip(labels, found.ids.tolist(), found.mask.tolist(), strict=True):
+        same = [known[hit] == label for hit, kept in zip(hits, mask, strict=True) if kept]
+        recalled += any(same)
+        right += sum(same)
+        given += len(same)
+        chance += 1 - _none_of(len(ids), counts.get(label, 0), k)
+    n = len(labels)
+    return RetrievalReport(n, k, recalled / n, right / max(given, 1), chance / n)
+
+
+def _none_of(total: int, labelled: int, k: int) -> float:
+    """Return the chance that k entries drawn without replacement hold none of the labelled ones."""
+    chance = 1.0
+    for drawn in range(min(k, total)):
+        chance *= max(total - labelled - drawn, 0) / (total - drawn)
+    return chance
+
+
+def hub_report(bank: MemoryBank, queries: Tensor, k: int = 5, **search: Any) -> HubReport:
+    """Count how often each entry is retrieved and describe the counts.
+
+    Raises:
+        ValueError: there are no queries.
+    """
+    if not queries.shape[0]:
+        raise ValueError("hub_report: queries must hold at least one row, got 0. Pass the training queries.")
+    found = bank.neighbours(queries, k, **search)
+    ids = bank.ids.sort().values
+    rows = torch.searchsorted(ids, found.ids[found.mask].cpu())
+    counts = torch.bincount(rows, minlength=len(ids)).double()
+    centred = counts - counts.mean()
+    spread = centred.square().mean()
+    skewness = float(centred.pow(3).mean() / spread.pow(1.5)) if float(spread) > 0 else 0.0
+    busiest = int(counts.argmax())
+    top = counts.sort(descending=True).values[: max(1, len(ids) // 100)]
+    return HubReport(
+        skewness=skewness,
+        top_share=float(top.sum() / counts.sum().clamp_min(1)),
+        never_retrieved=float((counts == 0).double().mean()),
+        busiest_id=int(ids[busiest]),
+        busiest_count=int(counts[busiest]),
+    )
+
+
+def score_report(bank: MemoryBank, queries: Tensor, k: int = 5, *, seed: int = 0, **search: Any) -> ScoreReport:
+    """Compare the scores of neighbours with those of 1,000 random entries, averaged over queries.
+
+    Raises:
+        ValueError: ``k`` or the number of queries is 0.
+    """
+    if k < 1 or not queries.shape[0]:
+        raise ValueError(f"score_report: k and queries must not be empty, got k={k} and {queries.shape[0]} queries.")
+    found = bank.neighbours(queries, k, **search)
+    generator = torch.Generator().manual_seed(seed)
+    sample = bank.ids[torch.randint(len(bank), (1000,), generator=generator)]
+    random = bank.project(queries).double() @ bank.keys(sample).double().T
+    scores = found.scores.double().cpu()
+    last = found.mask.sum(1).sub(1).clamp_min(0).cpu()
+    return ScoreReport(
+        best=float(scores[:, 0].mean()),
+        kth=float(scores.gather(1, last[:, None]).mean()),
+        random=float(random.mean()),
+        random_deviation=float(random.std(dim=1).mean()),
+    )
+
+
+def anisotropy_report(keys: Tensor, transform: KeyTransform | None = None) -> AnisotropyReport:
+    """Describe keys (M, D), optionally after a transform, as if for the cosine metric.
+
+    Raises:
+        ValueError: there are fewer than two keys.
+    """
+    where = "anisotropy_report"
+    if keys.ndim != 2 or keys.shape[0] < 2:
+        raise ValueError(f"{where}: keys must be at least two rows (M, D), got {tuple(keys.shape)}.")
+    rows = normalised(float_rows(keys, (keys.shape[1],), where, "keys"), where, "keys")
+    if transform is not None:
+        rows = normalised(transform(rows), where, "keys")
+    rows = rows.double()
+    count, mean = rows.shape[0], rows.mean(0)
+    share = float(mean @ mean)
+    spectrum = torch.linalg.eigvalsh((rows - mean).T @ (rows - mean) / count).clamp_min(0)
+    return AnisotropyReport(
+        mean_cosine=(share * count - 1) / (count - 1),  # all pairs but those of a key with itself
+        mean_share=share,
+        effective_dim=float(spectrum.sum().square() / spectrum.square().sum().clamp_min(1e-300)),
+    )

@@ -1,0 +1,247 @@
+"""Encoding records into finished entries: in batches, over ranks, and so that a kill loses little."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tinyalign._files import write_json
+from tinyalign.memory import saving
+from tinyalign.memory.codec import dtype_name
+from tinyalign.memory.contents import BankSpec, Contents
+from tinyalign.memory.errors import BankError
+from tinyalign.memory.fingerprint import Fingerprint, differing_fields
+from tinyalign.memory.manifest import MANIFEST
+from tinyalign.memory.shards import Share, share_of, start_anew, wait_until
+from tinyalign.memory.transform import KeyTransform
+
+DONE = "build.done"  # fields of a shard's fingerprint, committed together with its entries: records finished,
+LEFT_OUT = "build.skipped"  # and those that could not be
+
+
+class EncodedBatch(NamedTuple):
+    """What ``encode`` makes of a list of n records."""
+
+    keys: Tensor  # (n, D)
+    values: Tensor  # (n, *value_shape)
+    ids: Sequence[int] | Tensor  # (n,)
+    groups: Sequence[int] | Tensor | None = None  # (n,)
+    metadata: Sequence[Mapping[str, Any] | None] | None = None
+
+
+class SkippedRecord(NamedTuple):
+    """A record that could not be read or encoded, by its position."""
+
+    record: int
+    error: str
+
+
+class BuildOptions(NamedTuple):
+    """How the bank stores what was encoded.
+
+    ``commit_every`` records (rounded up to whole batches) are the most that a kill loses; ``num_workers`` processes
+    read records ahead; ``timeout`` seconds are how long ranks wait for one another.
+    """
+
+    metric: str = "cosine"
+    value_dtype: torch.dtype = torch.float16
+    key_dtype: torch.dtype = torch.float16
+    commit_every: int = 4096
+    num_workers: int = 0
+    timeout: float = 24 * 3600.0
+    transform: KeyTransform | None = None
+
+
+class _Unreadable(NamedTuple):
+    record: int
+    error: str  # as text, for it may come from another process
+
+
+class _Numbered(torch.utils.data.Dataset[Any]):
+    """Records with their index; one that cannot be read comes back as ``_Unreadable``."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return index, self.records[index]
+        except Exception as error:  # noqa: BLE001 (whatever reading a record may raise)
+            return _Unreadable(index, f"{type(error).__name__}: {error}")
+
+
+Publish = Callable[[Contents, list[SkippedRecord]], None]
+
+
+def encode_all(
+    records: Sequence[Any],
+    encode: Callable[[list[Any]], EncodedBatch],
+    work: Path,
+    plan: Fingerprint,
+    publish: Publish,
+    *,
+    batch_size: int,
+    options: BuildOptions,
+    resume: bool = True,
+    skip: bool = False,
+    progress: bool = True,
+    where: str = "build_memory_bank",
+) -> None:
+    """Encode this rank's share into ``work``; rank 0 then publishes the entries of all ranks, in order."""
+    share = share_of(len(records), batch_size)
+    plan = {
+        **plan,
+        "build.records": len(records),
+        "build.batch_size": batch_size,
+        "build.ranks": share.ranks,
+        "build.metric": options.metric,
+        "build.key_dtype": dtype_name(options.key_dtype),
+        "build.value_dtype": dtype_name(options.value_dtype),
+        "build.transform": None if options.transform is None else options.transform.name(),
+    }
+    if not resume:
+        start_anew(work, share)
+    work.mkdir(parents=True, exist_ok=True)
+    _Shard(share, work, plan, options, where).build(records, encode, batch_size, skip=skip, progress=progress)
+    if share.rank:
+        share.follow(work, options.timeout)
+        return
+    wait_until(lambda: all(share.finished(work)), options.timeout, "the other ranks to finish their shares")
+    shards = [share.folder(work, rank) for rank in range(share.ranks)]
+    opened = [saving.load(shard, mapped=True, caller=where) for shard in shards if (shard / MANIFEST).exists()]
+    skipped = [SkippedRecord(*each) for marker in share.finished(work) if marker for each in marker["skipped"]]
+    if not opened:
+        raise BankError(f"{where}: some records must be encodable, got {len(skipped)} skipped. First: {skipped[:1]}.")
+    publish(saving.merged([(each.contents, {}) for each in opened], where), skipped)
+    share.finish(work, options.timeout)
+
+
+class _Shard:
+    """A rank's entries on the way: a bank of its own whose commits are the state to resume from."""
+
+    def __init__(self, share: Share, work: Path, plan: Fingerprint, options: BuildOptions, where: str) -> None:
+        self.share, self.work, self.plan, self.options, self.where = share, work, plan, options, where
+        self.folder = share.folder(work)
+        self.contents: Contents | None = None
+        self.home: saving.Home | None = None
+        self.done, self.skipped = share.begin, list[SkippedRecord]()
+        self._check_leftovers()
+
+    def _check_leftovers(self) -> None:
+        theirs: Mapping[str, Any] | None = None
+        if (self.folder / MANIFEST).exists():
+            self.contents, found, self.home = saving.load(self.folder, mapped=True, caller=self.where)
+            theirs = dict(found)
+            self.done = theirs.pop(DONE)
+            self.skipped = [SkippedRecord(*each) for each in json.loads(theirs.pop(LEFT_OUT))]
+        for marker in self.share.finished(self.work):
+            theirs = marker["plan"] if marker else theirs
+            differences = [] if theirs is None else differing_fields(self.plan, theirs)
+            if differences:
+                raise BankError(
+                    f"{self.where}: {self.work} must hold a killed build of the same plan, got a difference in "
+                    f"{'; '.join(differences)} (bank: now). Pass resume=False to start anew."
+                )
+
+    def build(
+        self,
+        records: Sequence[Any],
+        encode: Callable[[list[Any]], EncodedBatch],
+        batch_size: int,
+        *,
+        skip: bool,
+        progress: bool,
+    ) -> None:
+        """Encode what is left of the share, committing now and then."""
+        begin, end = self.done, self.share.end
+        if self.share.marker(self.work).exists():
+            return
+        batches = [list(range(at, min(at + batch_size, end))) for at in range(begin, end, batch_size)]
+        loader = DataLoader(
+            _Numbered(records),
+            batch_sampler=batches,
+            collate_fn=list,
+            num_workers=self.options.num_workers,
+            generator=torch.Generator(),  # the global one stays as it was
+        )
+        total = end - self.share.begin
+        bar = tqdm(total=total, initial=begin - self.share.begin, unit="record", disable=not progress, desc="encode")
+        with bar:
+            for span, batch in zip(batches, loader, strict=True):
+                self._take(span, batch, encode, skip=skip)
+                bar.update(len(span))
+                stop = span[-1] + 1
+                if self.done + self.options.commit_every <= stop or stop == end:
+                    self._commit(stop)
+        skipped = [list(each) for each in self.skipped]
+        write_json(self.share.marker(self.work), {"plan": self.plan, "skipped": skipped})
+
+    def _take(
+        self, span: list[int], batch: list[Any], encode: Callable[[list[Any]], EncodedBatch], *, skip: bool
+    ) -> None:
+        for each in batch:
+            if isinstance(each, _Unreadable):
+                self._fail(each.record, each.error, skip=skip)
+        readable = [each for each in batch if not isinstance(each, _Unreadable)]
+        if not readable:
+            return
+        try:
+            self._add(encode([record for _, record in readable]))
+            return
+        except Exception as error:  # noqa: BLE001 (whatever encoding may raise)
+            failure = error
+        for index, record in readable:  # find the culprit, and keep its batch mates where that is asked
+            try:
+                encoded = encode([record])
+                if skip:
+                    self._add(encoded)
+            except Exception as error:  # noqa: BLE001 (whatever encoding a record may raise)
+                self._fail(index, f"{type(error).__name__}: {error}", skip=skip, cause=error)
+        if not skip:
+            raise BankError(
+                f"{self.where}: records {span[0]} to {span[-1]} must be encodable together, got "
+                f"{type(failure).__name__}: {failure}. Each alone can be: try a smaller batch_size."
+            ) from failure
+
+    def _fail(self, index: int, error: str, *, skip: bool, cause: Exception | None = None) -> None:
+        if not skip:
+            raise BankError(
+                f"{self.where}: record {index} must be readable and encodable, got {error}. "
+                "Repair it, or pass on_error='skip' to leave such records out and list them."
+            ) from cause
+        self.skipped.append(SkippedRecord(index, error))
+
+    def _add(self, encoded: EncodedBatch) -> None:
+        if self.contents is None:
+            self.contents = self._empty(encoded)
+        given = encoded.keys, encoded.values, encoded.ids, encoded.groups, encoded.metadata
+        self.contents.append(*given, self.where)
+
+    def _empty(self, encoded: EncodedBatch) -> Contents:
+        options = self.options
+        width = encoded.keys.shape[-1] if options.transform is None else options.transform.output_dim
+        quantised = options.value_dtype == torch.int8  # its center is the mean of all values: known at the end
+        dtype = torch.float32 if quantised else options.value_dtype
+        spec = BankSpec(width, tuple(encoded.values.shape[1:]), options.metric, options.key_dtype, dtype)
+        return Contents(spec, transform=options.transform)
+
+    def _commit(self, done: int) -> None:
+        self.done = done
+        if self.contents is None:
+            return
+        state: Fingerprint = {**self.plan, DONE: done, LEFT_OUT: json.dumps(self.skipped)}
+        if self.home is None:
+            saving.save_all(self.contents, state, self.folder, self.where)
+        else:
+            saving.commit(self.contents, state, self.home, self.where)
+        self.contents, _, self.home = saving.load(self.folder, mapped=True, caller=self.where)

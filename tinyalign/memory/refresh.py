@@ -1,0 +1,188 @@
+"""Does the encoder still make the keys that the bank holds? And making them anew where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyalign.memory.codec import ValueCodec
+from tinyalign.memory.contents import Contents
+from tinyalign.memory.encoding import BuildOptions, EncodedBatch, SkippedRecord, encode_all
+from tinyalign.memory.errors import BankError
+from tinyalign.memory.fingerprint import Fingerprint
+from tinyalign.memory.rows import RowTable
+from tinyalign.memory.saving import Home, save_all
+
+Encode = Callable[[list[Any]], EncodedBatch]
+Records = Mapping[int, Any] | Callable[[int], Any] | None
+PARTS = ("both", "keys", "values")
+
+
+class DriftReport(NamedTuple):
+    """How far recomputed entries lie from the stored ones; 0 is no drift, rounding in fp16 gives about 1e-6 and 1e-3.
+
+    ``key_*`` is one minus the cosine; ``value_*`` the distance over the stored norm.
+    """
+
+    num_entries: int
+    key_mean: float
+    key_largest: float
+    value_mean: float
+    value_largest: float
+    worst_id: int
+
+
+def check_bank(contents: Contents, encode: Encode, n: int, records: Records, seed: int) -> DriftReport:
+    """Encode ``n`` sampled entries again and compare keys and values with what is stored."""
+    where = "MemoryBank.check"
+    if n < 1:
+        raise ValueError(f"{where}: n must be positive, got {n}. Sample at least one entry.")
+    if not len(contents.table):
+        raise BankError(f"{where}: the bank must hold entries, got 0. Add some first.")
+    live = contents.table.live_rows()
+    rows = np.sort(np.random.default_rng(seed).choice(live, size=min(n, len(live)), replace=False))
+    ids = contents.table.column("ids")[rows]
+    encoded = encode([_record(contents, records, int(row), int(entry)) for row, entry in zip(rows, ids, strict=True)])
+    keys = contents.stored_keys(_float_rows(encoded.keys, len(rows), where), where).double()
+    stored = contents.keys_at(torch.from_numpy(rows)).double()
+    if keys.shape != stored.shape:
+        raise BankError(
+            f"{where}: keys must have width {stored.shape[1]}, got {keys.shape[1]}. Another encoder made them."
+        )
+    drift = 1 - torch.cosine_similarity(keys, stored, dim=-1)
+    old = contents.values_at(torch.from_numpy(rows)).double()
+    new = _float_rows(encoded.values, len(rows), where).reshape(len(rows), -1).double()
+    if new.shape != old.shape:
+        raise BankError(f"{where}: values must hold {old.shape[1]} numbers, got {new.shape[1]}. Another one made them.")
+    moved = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    worst = int(ids[int(drift.argmax())])
+    return DriftReport(
+        len(rows), float(drift.mean()), float(drift.max()), float(moved.mean()), float(moved.max()), worst
+    )
+
+
+def _float_rows(tensor: Tensor, count: int, where: str) -> Tensor:
+    if tensor.shape[0] != count:
+        raise ValueError(f"{where}: encode must return {count} rows, got {tensor.shape[0]}. Return one per record.")
+    return tensor.detach().cpu()
+
+
+def _record(contents: Contents, records: Records, row: int, entry: int) -> Any:
+    if records is None:
+        return contents.notes_at(np.asarray([row]))[0]
+    return records(entry) if callable(records) else records[entry]
+
+
+class _EntryRecords(Sequence[Any]):
+    """The bank's entries as records to encode: what the caller looks up, and where the entry stands."""
+
+    def __init__(self, contents: Contents, records: Records) -> None:
+        self.contents, self.records = contents, records
+        self.rows = contents.table.live_rows()
+        self.ids = contents.table.column("ids")[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row, entry = int(self.rows[index]), int(self.ids[index])
+        return row, _record(self.contents, self.records, row, entry)
+
+
+def refresh_bank(
+    contents: Contents,
+    home: Home,
+    fingerprint: Fingerprint,
+    encode: Encode,
+    *,
+    part: str,
+    records: Records,
+    batch_size: int,
+    commit_every: int,
+    resume: bool,
+    progress: bool,
+) -> None:
+    """Encode every entry again and publish keys, values or both as the bank's next generation."""
+    where = "MemoryBank.refresh"
+    if part not in PARTS:
+        raise ValueError(f"{where}: part must be one of {', '.join(PARTS)}, got {part!r}. Say what to make anew.")
+    table = contents.table
+
+    def again(batch: list[Any]) -> EncodedBatch:
+        rows = np.asarray([row for row, _ in batch])
+        made = encode([record for _, record in batch])
+        keys = torch.ones(len(rows), 1) if part == "values" else made.keys
+        values = torch.ones(len(rows), 1) if part == "keys" else made.values
+        ids, groups = (table.column(name)[rows].tolist() for name in ("ids", "groups"))
+        return EncodedBatch(keys, values, ids, groups, contents.notes_at(rows))
+
+    def publish(made: Contents, _: list[SkippedRecord]) -> None:
+        old, new = contents.spec, made.spec
+        kept: tuple[str, ...] = ()
+        if part == "both":
+            spec = replace(new, metric=old.metric)
+        elif part == "keys":
+            kept = ("values", "scales")
+            spec = replace(old, key_dim=new.key_dim)
+        else:
+            kept = ("keys",)
+            spec = replace(old, value_shape=new.value_shape, value_dtype=new.value_dtype)
+        final = Contents(spec, contents.codec.center if part == "keys" else None, contents.next_id, contents.transform)
+        final.table = made.table
+        codec = ValueCodec(torch.int8) if part != "keys" and old.value_dtype == torch.int8 else None
+        patched = _Patchwork(made.table, table, kept)
+        save_all(final, fingerprint, home.directory, where, expected=home, codec=codec, table=patched)
+
+    spec = contents.spec
+    options = BuildOptions(
+        spec.metric, spec.value_dtype, spec.key_dtype, commit_every=commit_every, transform=contents.transform
+    )
+    if part == "values":
+        options = options._replace(metric="ip", transform=None)  # the keys are placeholders
+    plan: Fingerprint = {**fingerprint, "build.refresh": part, "build.from": contents.content_hash()}
+    work = home.directory.parent / f".{home.directory.name}.refresh"
+    entries = _EntryRecords(contents, records)
+    encode_all(
+        entries,
+        again,
+        work,
+        plan,
+        publish,
+        batch_size=batch_size,
+        options=options,
+        resume=resume,
+        progress=progress,
+        where=where,
+    )
+
+
+class _Patchwork:
+    """New rows with some columns of the old ones, entry by entry."""
+
+    def __init__(self, new: RowTable, old: RowTable, kept: tuple[str, ...]) -> None:
+        self.new, self.old, self.kept = new, old, kept
+        self.old_rows = torch.from_numpy(old.live_rows())
+
+    @property
+    def has_scales(self) -> bool:
+        return self.old.has_scales if "scales" in self.kept else self.new.has_scales
+
+    @property
+    def has_notes(self) -> bool:
+        return self.new.has_notes
+
+    def live_rows(self) -> np.ndarray:
+        return self.new.live_rows()
+
+    def gather(self, rows: Tensor, column: str) -> Tensor:
+        if column in self.kept:
+            return self.old.gather(self.old_rows[rows], column)
+        return self.new.gather(rows, column)
+
+    def note(self, row: int) -> bytes:
+        return self.new.note(row)
