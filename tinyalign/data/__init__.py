@@ -2,6 +2,7 @@
 
 from tinyalign.data.collate import ImageTextProcessor, LengthReport, LlavaCollator
 from tinyalign.data.digits import DigitScenes, Scene
+from tinyalign.data.export import write_llava
 from tinyalign.data.llava import LlavaDataset
 from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer
 from tinyalign.data.records import IMAGE_PLACEHOLDER, Sample, Turn, load_image, stable_id
@@ -25,4 +26,5 @@ __all__ = [
     "encode_text",
     "load_image",
     "stable_id",
+    "write_llava",
 ]

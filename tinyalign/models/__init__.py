@@ -7,6 +7,7 @@ from tinyalign.models.outputs import Retrieved, TinyAlignOutput
 from tinyalign.models.pair_encoder import EncodedPair, PairEncoder
 from tinyalign.models.processor import TinyAlignProcessor
 from tinyalign.models.retrieval import ARMS, arm_neighbours
+from tinyalign.models.sample_encoder import SampleEncoder
 from tinyalign.models.splice import SplicedBatch, splice_tokens
 from tinyalign.models.vision import VisionFeatures, pack_images
 from tinyalign.models.vlm import TinyAlignVLM
@@ -23,6 +24,7 @@ __all__ = [
     "EncodedPair",
     "PairEncoder",
     "Retrieved",
+    "SampleEncoder",
     "SplicedBatch",
     "TinyAlignConfig",
     "TinyAlignOutput",

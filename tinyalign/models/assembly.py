@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyalign.models.outputs import Retrieved
+from tinyalign.models.pair_encoder import pool_queries
 from tinyalign.models.retrieval import arm_neighbours, clear_rows
 from tinyalign.models.splice import fill_placeholders, insertion_points, position_ids_of, splice_tokens
 from tinyalign.models.vision import pack_images
@@ -165,11 +166,7 @@ def _retrieve(model: TinyAlignVLM, batch: Batch, arm: str, features: Tensor, cou
 
 
 def _queries(model: TinyAlignVLM, batch: Batch, features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """A query per row, and whether the row has anything to ask by; a row without gets a stand-in of ones.
-
-    Rows are pooled together with rows of as many images, never padded to the longest, so that a query is the same to
-    the last bit whatever else is in the batch.
-    """
+    """A query per row, and whether the row has anything to ask by."""
     encoder, B = model.query_encoder, len(counts)
     if batch.query_text_ids is not None:
         everything = torch.ones_like(counts, dtype=torch.bool)
@@ -178,12 +175,9 @@ def _queries(model: TinyAlignVLM, batch: Batch, features: Tensor, counts: Tensor
         else:
             rows, mask = features.new_zeros(B, 1, features.shape[2]), ~everything[:, None]
         return encoder.query(rows, batch.query_text_ids, mask, batch.query_text_mask), everything
-    first = counts.cumsum(0) - counts
-    queries = features.new_ones(B, _bank(model).key_dim)
-    for count in sorted(set(counts.tolist()) - {0}):
-        alike = (counts == count).nonzero()[:, 0]
-        index = first[alike, None] + torch.arange(count, device=first.device)
-        queries[alike] = encoder.query(features[index].flatten(1, 2)).to(queries.dtype)  # (b, count * N, D)
+    queries = pool_queries(encoder, features, counts)
+    if not features.shape[0]:
+        queries = features.new_ones(B, _bank(model).key_dim)
     return queries, counts > 0
 
 

@@ -137,6 +137,28 @@ class PairEncoder(nn.Module):
         return {name: value for name, value in self.fingerprint().items() if name.startswith("key.")}
 
 
+def pool_queries(encoder: PairEncoder, features: Tensor, counts: Tensor) -> Tensor:
+    """Pool one query per row from the images of all rows; a row without images gets a stand-in of ones.
+
+    Rows are pooled together with rows of as many images, never padded to the longest, so that a query is the same to
+    the last bit whatever else is in the batch.
+
+    Shape:
+        features: (num_images, N, D). counts: (B,), int. returns: (B, key width).
+    """
+    first = counts.cumsum(0) - counts
+    pooled: list[tuple[Tensor, Tensor]] = []
+    for count in sorted(set(counts.tolist()) - {0}):
+        alike = (counts == count).nonzero()[:, 0]
+        index = first[alike, None] + torch.arange(count, device=first.device)
+        pooled.append((alike, encoder.query(features[index].flatten(1, 2))))  # (b, count * N, D)
+    width = pooled[0][1].shape[1] if pooled else features.shape[2]
+    queries = features.new_ones(len(counts), width)
+    for alike, keys in pooled:
+        queries[alike] = keys.to(queries.dtype)
+    return queries
+
+
 def _key_fields(key: nn.Module) -> dict[str, str | int | float | bool | None]:
     """What a key module says about itself, else its class, numbers and weights."""
     own = getattr(key, "fingerprint", None)

@@ -167,7 +167,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             model.memory = memory
             if compressor is not None and memory.fingerprint:
                 whole = PairEncoder(model.vision, compressor, key, text_encoder=text_encoder).fingerprint()
-                memory.require_fingerprint(whole, "value.")
+                memory.require_fingerprint(whole, "value.compressor")
         return model
 
     # What stands beside the weights
