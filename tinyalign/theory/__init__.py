@@ -19,6 +19,7 @@ from tinyalign.theory.kl_monte_carlo import monte_carlo_kl
 from tinyalign.theory.kl_samples import kl_from_samples
 from tinyalign.theory.ksg import conditional_ksg, ksg, mixed_ksg, ross
 from tinyalign.theory.likelihood import sequence_nll
+from tinyalign.theory.neural import JointCritic, SeparableCritic, club_upper_bound, neural_information
 from tinyalign.theory.nll import NLLTable, TableMismatch
 from tinyalign.theory.null_input import NullInput, train_null_input
 from tinyalign.theory.world import EMITerms, emi_terms, irreducible_error, weighted_accuracy
@@ -28,12 +29,15 @@ __all__ = [
     "Decomposition",
     "EMITerms",
     "Estimate",
+    "JointCritic",
     "LevelBounds",
     "NLLTable",
     "NullInput",
+    "SeparableCritic",
     "TableMismatch",
     "categorical_kl",
     "classifier_information",
+    "club_upper_bound",
     "collect_nll",
     "conditional_ksg",
     "conditional_mutual_information",
@@ -54,6 +58,7 @@ __all__ = [
     "mixed_ksg",
     "monte_carlo_kl",
     "mutual_information",
+    "neural_information",
     "pvi",
     "ross",
     "sequence_kl",

@@ -20,6 +20,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 _METHODS = ("auto", "knn", "gaussian", "surrogate")
 _ACCEPT = 2.5
+_SHARED = 0.05
+_FOREIGN = 0.1
 
 
 class _Normal(NamedTuple):
@@ -75,8 +77,8 @@ def kl_from_samples(
     q = as_matrix(q_samples, "kl_from_samples", "q_samples", minimum=k + 2)
     if p.shape[1] != q.shape[1]:
         raise ValueError(
-            f"kl_from_samples: p_samples and q_samples must have one width, got {p.shape[1]} and {q.shape[1]}. Use the same "
-            "features for both."
+            f"kl_from_samples: p_samples and q_samples must have one width, got {p.shape[1]} and {q.shape[1]}. "
+            "Use the same features for both."
         )
     warnings = duplicate_warnings(p, "p_samples") + duplicate_warnings(q, "q_samples")
     n, width = p.shape
@@ -98,8 +100,10 @@ def kl_from_samples(
     noise = math.sqrt(float(missed_data.var() + missed_drawn.var()) / min(n, len(q)) * 1.7)
     surrogate = float(ratio_data.mean()) + missed
     candidates = {"knn": plain, "gaussian": closed, "surrogate": surrogate}
-    normal = abs(missed) < _ACCEPT * noise and _looks_normal(p, law_p) and _looks_normal(q, law_q)
-    if method == "gaussian" or (method == "auto" and normal):
+    # Samples of p far from q share their few neighbours in q, which the per-sample spread does not show.
+    noise = math.hypot(noise, _SHARED * abs(closed))
+    normal = _looks_normal(p, law_p) and _looks_normal(q, law_q)
+    if method == "gaussian" or (method == "auto" and normal and abs(missed) < _ACCEPT * noise):
         error = _closed_error(law_p, law_q)
         half = float(ndtri(0.5 + level / 2)) * error
         return Estimate(
@@ -107,10 +111,16 @@ def kl_from_samples(
             warnings=warnings, level=level, std_error=error,
         )  # fmt: skip
     correction = surrogate - plain
+    if method == "auto" and not normal and abs(correction) > _FOREIGN:
+        warnings += (
+            f"bias: the samples are far from normal, so a normal surrogate's correction of {correction:+.3f} nats was "
+            "not applied; nearest neighbours are biased by as much",
+        )
+        return _with_subsets(plain, p, q, k, level, "knn", candidates, warnings)
     if abs(correction) > 0.05:
         warnings += (
-            f"bias: nearest neighbours needed a correction of {correction:+.3f} nats; the interval does not hold what it "
-            "missed",
+            f"bias: nearest neighbours needed a correction of {correction:+.3f} nats; the interval does not hold "
+            "what it missed",
         )
     return _with_subsets(surrogate, p, q, k, level, "surrogate", candidates, warnings)
 
@@ -158,7 +168,7 @@ def _log_ratio(x: FloatArray, p: _Normal, q: _Normal) -> FloatArray:
 
 
 def _local(p: FloatArray, q: FloatArray, k: int) -> FloatArray:
-    """d log(nu / rho) + log(m / (n - 1)): distance to the k-th sample of q over that to the k-th other sample of p."""
+    """Return d log(nu / rho) + log(m / (n - 1)): distance to the k-th sample of q over that within p."""
     own = np.maximum(kth_distance(p, k), 1e-300)
     other = np.maximum(kth_distance(q, k, p), 1e-300)
     return np.asarray(p.shape[1] * (np.log(other) - np.log(own)) + math.log(len(q) / (len(p) - 1)))

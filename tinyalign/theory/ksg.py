@@ -181,7 +181,8 @@ def mixed_ksg(x: Any, y: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
         ValueError: NaN or inf, unequal lengths, or n at most k.
 
     Source:
-        Gao, Kannan, Oh and Viswanath 2017, arXiv 1709.06212, algorithm 1.
+        Gao, Kannan, Oh and Viswanath 2017, arXiv 1709.06212, algorithm 1, with digamma in place of
+        log (n + 1) as in the authors' code.
 
     Example:
         >>> x = np.repeat([0.0, 1.0], 200)
@@ -201,12 +202,14 @@ def _mixed_local(x: FloatArray, y: FloatArray, k: int) -> FloatArray:
     radius = kth_distance(joint, k)
     tied = radius == 0
     near = np.full(len(x), float(k))
+    inside_x, inside_y = (count_within(part, radius) + 1.0 for part in (x, y))
     if tied.any():
-        near[tied] = count_within(joint, np.zeros(len(x)), strict=False)[tied]
-    # Closed balls everywhere; at radius zero they hold the ties.
-    inside_x = count_within(x, radius, strict=False) + 1.0
-    inside_y = count_within(y, radius, strict=False) + 1.0
-    return np.asarray(digamma(near) + np.log(len(x)) - np.log(inside_x) - np.log(inside_y))
+        # At radius zero the closed balls hold the ties, the sample itself included.
+        rows = np.flatnonzero(tied)
+        zero = np.zeros(len(rows))
+        for part, counts in ((joint, near), (x, inside_x), (y, inside_y)):
+            counts[rows] = count_within(part, zero, strict=False, rows=rows) + 1.0
+    return np.asarray(digamma(near) + np.log(len(x)) - digamma(inside_x) - digamma(inside_y))
 
 
 def conditional_ksg(x: Any, y: Any, z: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
