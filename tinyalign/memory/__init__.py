@@ -27,6 +27,7 @@ from tinyalign.memory.neighbours import NeighbourTable, precompute_neighbours
 from tinyalign.memory.refresh import DriftReport
 from tinyalign.memory.resident import ResidentBank
 from tinyalign.memory.retrieval import Entry, Hits, Neighbours
+from tinyalign.memory.sentence import SentenceTransformerKey, concatenate_keys
 from tinyalign.memory.sheet import neighbour_sheet
 from tinyalign.memory.transform import KeyTransform
 from tinyalign.memory.verification import VerifyReport
@@ -53,12 +54,14 @@ __all__ = [
     "ResidentBank",
     "RetrievalReport",
     "ScoreReport",
+    "SentenceTransformerKey",
     "SkippedRecord",
     "StaleBankError",
     "UnknownIdError",
     "VerifyReport",
     "anisotropy_report",
     "build_memory_bank",
+    "concatenate_keys",
     "hub_report",
     "leakage_report",
     "neighbour_sheet",

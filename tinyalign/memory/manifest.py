@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 BLOCK_BYTES = 1 << 20
 METRICS = ("cosine", "ip")
-SEGMENT_NAME = re.compile(r"^[0-9]{8}-[0-9a-f]{8}$")
+SEGMENT_NAME = re.compile(r"[0-9]{8}-[0-9a-f]{8}")
 COLUMN_FILES = {"keys.bin", "values.bin", "ids.bin", "groups.bin"}
 OPTIONAL_FILES = {"scales.bin", "notes.bin", "note_offsets.bin", "removed.bin", "center.bin", "transform.bin"}
 POINTERS = ("removed", "center", "transform")
@@ -195,7 +195,7 @@ def transform_size(numbers: int, key_dim: int) -> int:
 
 def _segment(entry: Any) -> SegmentEntry:
     name = entry["name"]
-    _rule(isinstance(name, str) and SEGMENT_NAME.match(name) is not None, f"a segment called {name!r}")
+    _rule(isinstance(name, str) and SEGMENT_NAME.fullmatch(name) is not None, f"a segment called {name!r}")
     files = {}
     for file, facts in entry["files"].items():
         _rule(file in COLUMN_FILES | OPTIONAL_FILES, f"a file called {file!r}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinyalign.memory.errors import BankCorruptedError
 from tinyalign.memory.pages import Pages
 
 
@@ -44,7 +45,17 @@ def encode_note(note: Any) -> bytes:
 
 def decode_note(raw: bytes) -> dict[str, Any]:
     """Undo ``encode_note``; an entry without metadata has an empty dict."""
-    return dict(json.loads(raw)) if raw else {}
+    if not raw:
+        return {}
+    try:
+        note = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BankCorruptedError(
+            f"MemoryBank.metadata: notes.bin must hold JSON, got {error}. Restore a copy."
+        ) from error
+    if not isinstance(note, dict):
+        raise BankCorruptedError(f"MemoryBank.metadata: notes.bin must hold dicts, got {note!r:.40}. Restore a copy.")
+    return note
 
 
 class FixedSegment:

@@ -172,7 +172,7 @@ def _open(directory: Path, manifest: Manifest, caller: str, *, mapped: bool) -> 
             segments.append(_open_segment(folder, manifest, entry, caller, mapped=mapped))
         first += entry.rows
     dead = small["removed"].view(torch.int64).numpy() if "removed" in small else np.zeros(0, dtype=np.int64)
-    if len(dead) and (dead[0] < 0 or dead[-1] >= first or (np.diff(dead) <= 0).any()):
+    if len(dead) and (dead[0] < 0 or dead[-1] >= first or (dead[1:] <= dead[:-1]).any()):
         raise BankCorruptedError(
             f"{caller}: removed.bin of {directory} must list rows in order, got others. Restore a copy."
         )
@@ -212,7 +212,12 @@ def _open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry, caller:
     notes = None
     if "notes.bin" in entry.files:
         text, _ = large("notes.bin", torch.uint8, entry.files["notes.bin"].size)
-        notes = Notes(text, small("note_offsets.bin", torch.int64))
+        offsets = small("note_offsets.bin", torch.int64)
+        if int(offsets[0]) != 0 or int(offsets[-1]) != len(text) or bool((offsets[1:] < offsets[:-1]).any()):
+            raise BankCorruptedError(
+                f"{caller}: {folder / 'note_offsets.bin'} must divide notes.bin, got others. Restore a copy."
+            )
+        notes = Notes(text, offsets)
     return FixedSegment(columns, notes, entry.name, pages)
 
 

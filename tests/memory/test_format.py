@@ -1,0 +1,194 @@
+"""Banks of every format version load forever; files that were made to mislead raise the documented errors only."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinyalign.memory import BankError, MemoryBank
+from tinyalign.memory.manifest import BLOCK_BYTES
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NUMBERS = [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["bank-v1-float16", "bank-v1-int8"])
+def test_stored_banks_load(name, tmp_path):
+    shutil.copytree(FIXTURES / name, tmp_path / "bank")
+    bank = MemoryBank.load(tmp_path / "bank")
+    bank.verify()
+    assert bank.ids.tolist() == NUMBERS
+    assert bank.groups.tolist() == [n // 2 for n in NUMBERS]
+    assert bank.metadata(bank.ids) == [{"n": n} for n in NUMBERS]
+    assert bank.fingerprint == {"key.encoder": "fixture", "data.n": 7}
+    assert (bank.metric, bank.key_dim, bank.value_shape, bank.generation) == ("ip", 4, (2, 2), 2)
+    keys = torch.tensor([[1.0, n, n * n, 1.0] for n in NUMBERS])
+    values = torch.tensor([[[n, -n], [2.0 * n, 0.5]] for n in NUMBERS])
+    if name.endswith("int8"):
+        matrix = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, -1.0]])
+        keys = (keys - torch.tensor([1.0, 2.0, 3.0, 4.0])) @ matrix
+    assert torch.equal(bank.keys(), keys)
+    torch.testing.assert_close(bank.gather(bank.ids)[0].float(), values, atol=0.05, rtol=0)
+    assert bank.add(torch.ones(1, 4), torch.ones(1, 2, 2)).tolist() == [7]
+    bank.commit()
+
+
+def sealed(content):
+    """Give a manifest the checksum that its own loader would."""
+    content.pop("checksum", None)
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["checksum"] = xxhash.xxh3_128_hexdigest(body.encode())
+    return json.dumps(content)
+
+
+def exercise(path):
+    """Do everything a reader does; whatever is wrong must surface as the documented error."""
+    try:
+        bank = MemoryBank.load(path)
+        bank.verify()
+        ids = bank.ids
+        bank.search(torch.ones(2, bank.key_dim), 3, exclude_ids=[[0], []], exclude_groups=[0, 1])
+        bank.gather(ids)
+        bank.metadata(ids)
+        bank.content_hash()
+    except ValueError as error:  # BankError is one
+        problem = str(error)
+    else:
+        return None
+    assert problem.startswith(("MemoryBank", "KeyTransform")), problem
+    return problem
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(content, path=()):
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, inner in items:
+        yield from places(inner, (*path, name))
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_manifest_of_any_content_is_refused_or_harmless(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "bank"
+    shutil.copytree(FIXTURES / data.draw(st.sampled_from(["bank-v1-float16", "bank-v1-int8"])), path)
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("checksum")
+    where = data.draw(st.sampled_from(sorted(places(content), key=repr)))
+    new = data.draw(json_values)
+    if where:
+        inner = content
+        for step in where[:-1]:
+            inner = inner[step]
+        inner[where[-1]] = new
+    else:
+        content = new if isinstance(new, dict) else {"format": new}
+    (path / "manifest.json").write_text(sealed(content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    exercise(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["segments"][0].update(name="../../etc"), "a segment called '../../etc'"),
+        (lambda m: m["segments"][0].update(name="00000001-aaaaaaaa\n"), "a segment called"),
+        (
+            lambda m: m["segments"][0]["files"].update({"../x.bin": {"bytes": 0, "xxh3": ""}}),
+            "a file called '../x.bin'",
+        ),
+        (lambda m: m["segments"][0].update(rows=10**15), "a row count|a size of"),
+        (lambda m: m.update(key_dim=2**40), "a size of 'keys.bin'"),
+        (lambda m: m.update(value_shape=[2**30, 2**30]), "an empty or enormous value shape"),
+        (lambda m: m.update(value_shape=[]), "an empty or enormous value shape|a size of"),
+        (lambda m: m["segments"].append(m["segments"][0]), "a segment twice"),
+        (lambda m: m["pointers"].update(removed="00000009-aaaaaaaa"), "a pointer 'removed' to no segment"),
+        (lambda m: m["pointers"].update(bananas=m["segments"][0]["name"]), "a pointer 'bananas'"),
+        (lambda m: m.update(metric="l2"), "an unknown metric"),
+        (lambda m: m.update(generation=True), "a generation that is not a count"),
+    ],
+)
+def test_lies_of_a_manifest(tmp_path, change, message):
+    shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
+    content = json.loads((tmp_path / "bank" / "manifest.json").read_text())
+    change(content)
+    (tmp_path / "bank" / "manifest.json").write_text(sealed(content))
+    with pytest.raises(BankError, match=f"manifest.json must describe a bank, got ({message})"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def mutated(blob, draw):
+    blob = bytearray(blob)
+    for _ in range(draw.randint(1, 4)):
+        at, how = draw.randrange(len(blob) + 1), draw.randrange(5)
+        if how == 0 and at < len(blob):
+            blob[at] ^= 1 << draw.randrange(8)
+        elif how == 1:
+            blob[at : at + 8] = draw.randbytes(8)
+        elif how == 2:
+            blob[at : at + 8] = (draw.choice([0, -1, 2**63 - 1, -(2**63), 10**9])).to_bytes(8, "little", signed=True)
+        elif how == 3:
+            del blob[at : at + draw.randrange(1, 20)]
+        else:
+            blob[at:at] = draw.randbytes(draw.randrange(1, 20))
+    return bytes(blob)
+
+
+@pytest.mark.parametrize("rounds", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("resealed", [False, True])
+def test_mutated_files(tmp_path, rounds, resealed):
+    """Change files at random; with ``resealed``, a forger also makes sizes and checksums agree."""
+    draw = random.Random(0)
+    outcomes = set()
+    for number in range(rounds):
+        source = FIXTURES / draw.choice(["bank-v1-float16", "bank-v1-int8"])
+        path = tmp_path / str(number % 7)
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(source, path)
+        target = draw.choice(sorted(p for p in path.rglob("*") if p.is_file()))
+        whole = target.read_bytes()
+        blob = mutated(whole, draw)
+        target.write_bytes(blob)
+        if resealed and target.suffix == ".bin":
+            content = json.loads((path / "manifest.json").read_text())
+            for segment in content["segments"]:
+                if segment["name"] == target.parent.name:
+                    blocks = [blob[a : a + BLOCK_BYTES] for a in range(0, len(blob), BLOCK_BYTES)]
+                    sums = "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
+                    segment["files"][target.name] = {"bytes": len(blob), "xxh3": sums}
+            (path / "manifest.json").write_text(sealed(content))
+        problem = exercise(path)
+        if not resealed and blob != whole:
+            assert problem is not None, f"{target} was changed and nobody noticed"
+        outcomes.add(None if problem is None else problem[:24])
+    assert len(outcomes) >= 2
+
+
+def test_files_hold_no_code_and_loading_runs_none(tmp_path):
+    for name in ("bank-v1-float16", "bank-v1-int8"):
+        for file in (FIXTURES / name).rglob("*"):
+            assert file.is_dir() or file.suffix in (".json", ".bin")
+    source = Path(__file__).parents[2] / "tinyalign" / "memory"
+    for module in source.glob("*.py"):
+        text = module.read_text()
+        assert "pickle" not in text
+        assert "torch.load" not in text
+        assert "eval(" not in text.replace("model.eval(", "")
+    assert os.path.isdir(source)
