@@ -22,6 +22,7 @@ _LABELLED = ("ross", "classifier")
 METHODS = ("auto", *_CONTINUOUS, *_DISCRETE, *_LABELLED, "mixed")
 _TIED = 0.5  # share of repeated values from which a float column counts as a mixture
 _ROSS_DIMENSIONS = 3
+_CLEARLY = 1.5  # standard errors
 
 
 def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, level: float = 0.95) -> Estimate:
@@ -29,8 +30,8 @@ def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, leve
 
     Integers, strings and booleans are labels, floats are continuous. ``"auto"`` takes for two continuous samples an
     elliptical copula where nearest neighbours agree with it and corrected nearest neighbours elsewhere; for labels
-    counts with Grassberger's correction; for a label and a continuous sample Ross's neighbours up to three dimensions
-    and a cross-fitted classifier beyond; for floats that repeat Gao's mixture estimator. What was not chosen stands in
+    counts with Grassberger's correction; for a label and a continuous sample a cross-fitted classifier, or Ross's
+    neighbours where they find clearly more; for floats that repeat Gao's mixture estimator. What was not chosen stands in
     ``.candidates``, and a warning says where the literature or the data say that the method fails.
 
     Args:
@@ -172,8 +173,7 @@ def _labelled(x: Any, y: Any, kinds: tuple[str, str], method: str, k: int, level
         )
     bound = classifier_information(x, y, level=level)
     candidates.update(bound.candidates)
-    if width <= _ROSS_DIMENSIONS and not bound.value > near.value + 2 * near.std_error:
-        return replace(near, candidates=candidates)
-    if near.value > bound.value + 2 * bound.std_error:
+    # Both err toward zero; the classifier has less noise, so neighbours must exceed it clearly to be preferred.
+    if near.value > bound.value + _CLEARLY * bound.std_error:
         return replace(near, candidates=candidates)
     return replace(bound, candidates={**candidates, bound.method: bound.value})

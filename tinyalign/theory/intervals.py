@@ -19,7 +19,7 @@ __all__ = ["IntervalMethod", "RatioInterval", "ratio_interval"]
 FloatArray = NDArray[np.float64]
 IntervalMethod = Literal["bootstrap-t", "bca", "t"]
 FEW_CLUSTERS = 30
-_BOOTSTRAP_CLUSTERS = 10
+_BOOTSTRAP_CLUSTERS = range(10, 5001)  # fewer cannot be resampled; with more, every method gives the same
 
 
 class RatioInterval(NamedTuple):
@@ -92,9 +92,9 @@ def ratio_interval(
         return RatioInterval(value, value, value, 0.0, count, tuple(warnings))
     half = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
     low, high = value - half, value + half
-    if method == "bca" and count >= _BOOTSTRAP_CLUSTERS:
+    if method == "bca" and count in _BOOTSTRAP_CLUSTERS:
         low, high = _bca(top, bottom, value, level, draws, seed)
-    elif method == "bootstrap-t" and count >= _BOOTSTRAP_CLUSTERS:
+    elif method == "bootstrap-t" and count in _BOOTSTRAP_CLUSTERS:
         lower, upper = _studentised(top, bottom, value, error, level, draws, seed)
         low, high = min(low, lower), max(high, upper)
     return RatioInterval(value, low, high, error, count, tuple(warnings))

@@ -1,0 +1,212 @@
+"""Divergences against closed forms, three-line loops and laws whose support betrays the estimators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Exponential, Independent, Laplace, Normal, StudentT, Uniform
+
+from tinyalign.theory import categorical_kl, kl_divergence, kl_from_samples, monte_carlo_kl, sequence_kl
+
+
+def naive(p: np.ndarray, q: np.ndarray) -> float:
+    return sum(a * np.log(a / b) if b > 0 else np.inf for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@given(st.integers(0, 9999), st.integers(2, 30))
+def test_categorical_equals_the_sum_and_is_not_negative(seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    p, q = rng.dirichlet(np.full(size, 0.3), 2)
+    value = kl_divergence(p, q).value
+    assert value == pytest.approx(naive(p, q), abs=1e-9, rel=1e-9)
+    assert value >= 0
+    assert kl_divergence(p, p).value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_zero_in_q_is_infinite_and_zero_in_p_is_nothing() -> None:
+    assert kl_divergence([0.5, 0.5], [1.0, 0.0]).value == np.inf
+    assert kl_divergence([1.0, 0.0], [0.5, 0.5]).value == pytest.approx(np.log(2))
+    assert kl_divergence([1.0, 0.0], [1.0, 0.0]).value == 0.0
+    blocked = torch.tensor([[0.0, -torch.inf, 1.0]])
+    assert categorical_kl(blocked, torch.tensor([[1.0, 5.0, -torch.inf]]), inputs="logits").tolist() == [np.inf]
+    assert categorical_kl(blocked, blocked, inputs="logits").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("chunk", [3, 16384])
+def test_logits_of_any_type_and_size_agree_with_torch(dtype: torch.dtype, chunk: int) -> None:
+    p, q = (torch.randn(4, 50) * 20).to(dtype), (torch.randn(4, 50) * 20).to(dtype)
+    wide_p, wide_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    expected = (wide_p.exp() * (wide_p - wide_q)).sum(-1)
+    torch.testing.assert_close(categorical_kl(p, q, inputs="logits", chunk=chunk), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_averaged_where_the_mask_says_so() -> None:
+    p, q = np.array([[0.5, 0.5], [0.9, 0.1], [1.0, 0.0]]), np.array([[0.5, 0.5], [0.5, 0.5], [0.0, 1.0]])
+    result = kl_divergence(p, q, mask=[True, True, False])
+    assert result.value == pytest.approx(naive(p[1], q[1]) / 2)
+    assert result.n == 2
+    assert result.samples.tolist() == pytest.approx([0.0, naive(p[1], q[1])])
+
+
+def test_sequences_sum_over_their_own_tokens() -> None:
+    p, q = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    per_token = [
+        [naive(a.softmax(-1).numpy(), b.softmax(-1).numpy()) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(p.double(), q.double(), strict=True)
+    ]
+    result = sequence_kl(p, q, mask)
+    sums = [sum(per_token[0]), per_token[1][0]]
+    assert result.samples.tolist() == pytest.approx(sums, rel=1e-5)
+    assert result.value == pytest.approx(np.mean(sums), rel=1e-5)
+    assert result.details["per_token"] == pytest.approx(sum(sums) / 4, rel=1e-5)
+
+
+CLOSED = [
+    (Normal(0.0, 1.0), Normal(1.0, 2.0), np.log(2) + (1 + 1) / 8 - 0.5),
+    (Exponential(2.0), Exponential(0.5), np.log(4) + 0.25 - 1),
+    (Uniform(0.0, 1.0), Uniform(-1.0, 3.0), np.log(4)),
+    (Categorical(torch.tensor([0.5, 0.5])), Categorical(torch.tensor([0.9, 0.1])), -0.5 * np.log(4 * 0.09)),
+    (Independent(Normal(torch.zeros(3), 1.0), 1), Independent(Normal(torch.ones(3), 1.0), 1), 1.5),
+]
+
+
+@pytest.mark.parametrize(("p", "q", "truth"), CLOSED)
+def test_closed_forms(p: object, q: object, truth: float) -> None:
+    assert kl_divergence(p, q).value == pytest.approx(truth, rel=1e-6)
+    assert kl_divergence(p, q).method == "closed form"
+
+
+def test_laws_without_a_closed_form_are_sampled() -> None:
+    p, q = StudentT(torch.tensor(5.0, dtype=torch.float64)), Laplace(torch.zeros((), dtype=torch.float64), 1.0)
+    grid = torch.linspace(-60, 60, 400_001, dtype=torch.float64)
+    truth = torch.trapezoid(p.log_prob(grid).exp() * (p.log_prob(grid) - q.log_prob(grid)), grid).item()
+    result = kl_divergence(p, q, samples=20_000, seed=1)
+    assert abs(result.value - truth) < 4 * result.std_error
+    assert result.std_error < 0.01
+    assert result.value == kl_divergence(p, q, samples=20_000, seed=1).value
+    outside = kl_divergence(StudentT(torch.tensor(5.0)), Uniform(-1.0, 1.0), samples=500, seed=0)
+    assert outside.value == np.inf
+    assert outside.warned("support")
+
+
+def normal_pair(shift: float, n: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    draws = np.random.default_rng(1).normal(size=n)
+    return -0.5 * draws**2, -0.5 * (draws - shift) ** 2
+
+
+@pytest.mark.parametrize("method", ["fitted", "k1", "k3"])
+def test_monte_carlo_is_unbiased_where_supports_agree(method: str) -> None:
+    result = monte_carlo_kl(*normal_pair(0.5), method=method)
+    assert abs(result.value - 0.125) < 4 * result.std_error
+    assert result.low < 0.125 < result.high
+    assert not result.warnings
+
+
+def test_the_fitted_control_variate_is_never_noisier_than_k1_or_k3() -> None:
+    for shift in (0.1, 0.5, 1.0):
+        errors = {m: monte_carlo_kl(*normal_pair(shift), method=m).std_error for m in ("fitted", "k1", "k3")}
+        assert errors["fitted"] <= 1.02 * min(errors["k1"], errors["k3"])
+
+
+def test_k2_is_half_the_squared_log_ratio_and_says_it_is_biased() -> None:
+    log_p, log_q = normal_pair(0.5)
+    result = monte_carlo_kl(log_p, log_q, method="k2")
+    assert result.value == pytest.approx(0.5 * np.mean((log_p - log_q) ** 2))
+    assert result.warned("bias")
+
+
+def test_nested_uniforms_betray_k3_and_not_the_default() -> None:
+    log_p, log_q = np.zeros(2000), np.full(2000, -np.log(4))
+    result = monte_carlo_kl(log_p, log_q)
+    assert result.value == pytest.approx(np.log(4))
+    assert (result.method, result.warned("support_check")) == ("k1", True)
+    betrayed = monte_carlo_kl(log_p, log_q, method="k3")
+    assert betrayed.value == pytest.approx(np.log(4) - 0.75)
+    assert betrayed.warned("support_check")
+
+
+def test_far_normals_fall_back_to_k1() -> None:
+    result = monte_carlo_kl(*normal_pair(6.0))
+    assert abs(result.value - 18.0) < 4 * result.std_error
+    assert result.warned("support_check")
+
+
+def test_monte_carlo_sums_tokens_of_a_sequence() -> None:
+    log_p, log_q = np.full((3, 2), -1.0), np.array([[-1.0, -2.0], [-1.0, -2.5], [-1.5, -1.0]])
+    assert monte_carlo_kl(log_p, log_q, method="k1").samples.tolist() == [1.0, 1.5, 0.5]
+
+
+@pytest.mark.parametrize(("width", "shift", "scale"), [(1, 1.0, 1.0), (3, 0.5, 1.3), (20, 0.2, 1.2)])
+def test_samples_of_normals_are_within_five_hundredths(width: int, shift: float, scale: float) -> None:
+    """Mean of four: the floor set by the sample itself is near 0.03 each at 20 dimensions."""
+    truth = width * (np.log(scale) + (1 + shift**2) / (2 * scale**2) - 0.5)
+    values, covered, plain = [], 0, []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        result = kl_from_samples(rng.normal(size=(4000, width)), scale * rng.normal(size=(4000, width)) + shift)
+        values.append(result.value)
+        plain.append(result.candidates["knn"])
+        covered += result.low <= truth <= result.high
+    assert np.mean(values) == pytest.approx(truth, abs=0.05)
+    assert covered >= 3
+    if width == 20:
+        assert abs(np.mean(plain) - truth) > 0.3
+
+
+def test_samples_of_other_laws_are_corrected_not_forced_to_be_normal() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.exponential(1.0, (5000, 3)), rng.exponential(2.0, (5000, 3))
+    result = kl_from_samples(p, q)
+    assert result.method == "surrogate"
+    assert result.value == pytest.approx(3 * (np.log(2) - 0.5), abs=0.08)
+    assert abs(result.candidates["gaussian"] - 3 * (np.log(2) - 0.5)) > 0.2
+    assert kl_from_samples(p, q, method="knn").value == pytest.approx(result.candidates["knn"])
+    assert kl_from_samples(p, q, method="gaussian").value == pytest.approx(result.candidates["gaussian"])
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"p must hold probabilities that sum to 1, .* off by 0\.5"):
+        kl_divergence([0.2, 0.3], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"minimum of -0\.5"):
+        kl_divergence([1.5, -0.5], [0.5, 0.5])
+    with pytest.raises(ValueError, match="one alphabet, got 2 and 3 outcomes"):
+        kl_divergence([0.5, 0.5], [0.5, 0.25, 0.25])
+    with pytest.raises(ValueError, match=r"p must not hold NaN or \+inf"):
+        kl_divergence([float("nan"), 1.0], [0.5, 0.5])
+    with pytest.raises(ValueError, match="p must allow an outcome in every row, got one of -inf only"):
+        categorical_kl(torch.full((1, 2), -torch.inf), torch.zeros(1, 2), inputs="logits")
+    with pytest.raises(ValueError, match="inputs must be 'probs' or 'logits', got 'odds'"):
+        categorical_kl([0.5, 0.5], [0.5, 0.5], inputs="odds")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"p must have shape \(\.\.\., V\), got \(\)"):
+        categorical_kl(0.5, [0.5, 0.5])
+    with pytest.raises(ValueError, match="mask must keep at least one row, got none"):
+        kl_divergence([[0.5, 0.5]], [[0.5, 0.5]], mask=[False])
+    with pytest.raises(ValueError, match=r"mask must have shape \(1,\), got \(2,\)"):
+        kl_divergence([[0.5, 0.5]], [[0.5, 0.5]], mask=[False, True])
+    with pytest.raises(TypeError, match="both be distributions or both tables, got Normal and list"):
+        kl_divergence(Normal(0.0, 1.0), [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"share one shape \(B, T, V\), got \(1, 2, 3\) and \(1, 2, 4\)"):
+        sequence_kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="mask must keep a token in every row, got none in row 1"):
+        sequence_kl(torch.zeros(2, 1, 3), torch.zeros(2, 1, 3), [[True], [False]])
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 1\), got \(1, 1\)"):
+        sequence_kl(torch.zeros(2, 1, 3), torch.zeros(2, 1, 3), [[True]])
+    with pytest.raises(ValueError, match="method must be one of fitted, k1, k2, k3, got 'k4'"):
+        monte_carlo_kl([0.0, 0.0], [0.0, 0.0], method="k4")
+    with pytest.raises(ValueError, match=r"share one shape .* got \(2,\) and \(3,\)"):
+        monte_carlo_kl([0.0, 0.0], [0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="log_p must be finite at draws from p"):
+        monte_carlo_kl([0.0, -np.inf], [0.0, 0.0])
+    with pytest.raises(ValueError, match="one width, got 1 and 2"):
+        kl_from_samples(np.zeros((50, 1)), np.zeros((50, 2)))
+    with pytest.raises(ValueError, match="p_samples must hold at least 6 samples, got 3"):
+        kl_from_samples(np.arange(3.0), np.arange(9.0))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        kl_from_samples(np.arange(9.0), np.arange(9.0), k=0)
+    with pytest.raises(ValueError, match="method must be one of auto, knn, gaussian, surrogate, got 'kde'"):
+        kl_from_samples(np.arange(9.0), np.arange(9.0), method="kde")
