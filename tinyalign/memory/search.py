@@ -15,6 +15,7 @@ from tinyalign.memory.rows import RowTable
 QUERIES_AT_ONCE = 256
 ROWS_AT_ONCE = 16384  # scores of one pass: 16 MB at 256 queries
 BYTES_CONVERTED = 2 << 20  # fp16 keys are turned to fp32 in pieces that stay in cache
+BYTES_RESCORED = 4 << 20  # candidates' keys are turned to fp64 in pieces that stay in cache
 CHUNK = 64  # the maxima of chunks are compared before their members
 SPARE = 8  # candidates beyond k, so that the exact scores decide the order
 
@@ -117,8 +118,7 @@ def rescored(
     queries: Tensor, table: RowTable, best: Tensor, rows: Tensor, k: int, max_score: float | None = None
 ) -> TopRows:
     """Order candidate rows (B, C) by their float64 scores and row, and keep k; ``best`` of -inf marks no candidate."""
-    keys = table.gather(rows.reshape(-1), "keys").reshape(*rows.shape, queries.shape[1])
-    exact = (keys.to(torch.float64) * queries[:, None].to(torch.float64)).sum(-1).to(torch.float32)
+    exact = _exact_scores(queries, table, rows)
     none = best == float("-inf")
     if max_score is not None:
         none |= exact > max_score
@@ -133,6 +133,19 @@ def rescored(
         scores = torch.nn.functional.pad(scores, short, value=float("-inf"))
         rows = torch.nn.functional.pad(rows, short, value=-1)
     return TopRows(scores, rows)
+
+
+def _exact_scores(queries: Tensor, table: RowTable, rows: Tensor) -> Tensor:
+    """Return float64 products of each query with its own rows (B, C), rounded to float32; some queries at a time."""
+    count, candidates = rows.shape
+    width = queries.shape[1]
+    step = max(1, BYTES_RESCORED // max(8 * candidates * width, 1))
+    scores = torch.empty(count, candidates)
+    for at in range(0, count, step):
+        some = rows[at : at + step]
+        keys = table.gather(some.reshape(-1), "keys").reshape(*some.shape, width).to(torch.float64)
+        scores[at : at + step] = (keys * queries[at : at + step, None].to(torch.float64)).sum(-1)
+    return scores
 
 
 def few_rows(queries: Tensor, table: RowTable, k: int, allowed: np.ndarray, banned: Banned) -> TopRows:
