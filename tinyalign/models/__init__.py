@@ -2,10 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from tinyalign.models.attach import AttachedVLM, attach_memory
+from tinyalign.models.attach_checkpoint import load_attached
 from tinyalign.models.configuration import IMAGE_TOKEN_ID, TinyAlignConfig
 from tinyalign.models.outputs import Retrieved, TinyAlignOutput
 from tinyalign.models.pair_encoder import EncodedPair, PairEncoder
 from tinyalign.models.processor import TinyAlignProcessor
+from tinyalign.models.rag_inputs import splice_rag
+from tinyalign.models.rag_query import TowerQuery
 from tinyalign.models.retrieval import ARMS, arm_neighbours
 from tinyalign.models.sample_encoder import SampleEncoder
 from tinyalign.models.splice import SplicedBatch, splice_tokens
@@ -21,6 +25,7 @@ AutoProcessor.register(TinyAlignConfig, TinyAlignProcessor, exist_ok=True)
 __all__ = [
     "ARMS",
     "IMAGE_TOKEN_ID",
+    "AttachedVLM",
     "EncodedPair",
     "PairEncoder",
     "Retrieved",
@@ -30,8 +35,12 @@ __all__ = [
     "TinyAlignOutput",
     "TinyAlignProcessor",
     "TinyAlignVLM",
+    "TowerQuery",
     "VisionFeatures",
     "arm_neighbours",
+    "attach_memory",
+    "load_attached",
     "pack_images",
+    "splice_rag",
     "splice_tokens",
 ]

@@ -170,8 +170,6 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 memory.require_fingerprint(whole, "value.compressor")
         return model
 
-    # What stands beside the weights
-
     @property
     def vision_tower(self) -> nn.Module:
         """The vision model itself."""
@@ -218,8 +216,6 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             if module is not None:
                 module._apply(fn)  # type: ignore[no-untyped-call]
         return self
-
-    # Training
 
     def freeze_for(self, stage: str) -> TinyAlignVLM:
         """Choose what trains: the connectors alone ("pretrain"), or the language model as well ("instruct").
@@ -374,8 +370,6 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         arm = self.config.retrieval if retrieval is None else retrieval
         check_arm("TinyAlignVLM.forward", arm)
         return embed_batch(self, batch, arm)
-
-    # On disk
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write config and weights; the bank's folder is noted relative to the checkpoint, and not copied."""
