@@ -36,7 +36,7 @@ from tinyalign.perceiver import (
     compressor_diagnostics,
 )
 
-SIDE, PATCH, CHANNELS = 224, 16, 96
+SIDE, PATCH, CHANNELS = 224, 16, 32
 STEPS, BATCH, RATE = 1500, 32, 1e-3
 MAX_PIXEL_RECORDS = 300  # the pixel encoder takes a tenth of a second per pair
 SEED = 0
