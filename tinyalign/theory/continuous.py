@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from tinyalign.theory.copula import (
     EllipticalCopula,
@@ -24,6 +23,7 @@ from tinyalign.theory.copula import (
 )
 from tinyalign.theory.entropy import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
+from tinyalign.theory.intervals import information_interval
 from tinyalign.theory.ksg import ksg_local
 from tinyalign.theory.neighbours import subset_interval
 
@@ -38,12 +38,17 @@ _WHOLE = 5  # columns a side up to which neighbours are searched in all of them
 _PAIRS = 3  # leading canonical pairs beyond that
 _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two differ by less
 _REJECT = 3.0  # standard errors of the divergence
-_NOISE = {2: 0.008}  # nats by which k = 4 and 16 differ without bias at a few thousand samples
+_NOISE = {2: 0.005}  # nats by which k = 4 and 16 differ without bias at a few thousand samples
 _NOISE_ELSEWHERE = 0.015
 # Neighbouring samples share neighbours, so the mean of their terms varies more than if they were independent.
 _SHARED = 1.3
 # Bias of KSG on a bivariate normal of information I at n samples: slope * I * (5000 / n)^power, fitted to simulations
 # over correlations 0 to 0.98 and n from 2,000 to 10,000 (tests/theory/test_continuous.py repeats one of them).
+_SINGULAR = 0.6  # of the loss ln(16 / 4) between k = 4 and 16 that a curve without noise shows
+_DETERMINISTIC = (
+    "deterministic: x and y are nearly functions of one another; the information is infinite, or larger than this many "
+    "samples can measure"
+)
 _PLANE_BIAS = {4: (0.0110, 0.42), 16: (0.0155, 0.40)}
 
 
@@ -96,7 +101,11 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
     left, right = _representation(x, y)
     split = left.shape[1]
     gaussian = fit_gaussian(np.hstack([left, right]), split)
-    warnings += _deterministic(gaussian, n)
+    strongest = float(gaussian.leading(1).correlation[0, 1])
+    if 1.0 - strongest**2 < 1e-4:
+        warnings += (_DETERMINISTIC,)
+    if 1.0 - strongest**2 < 1e-10:
+        return Estimate(math.inf, math.log(n), math.inf, method="deterministic", n=n, warnings=warnings, level=level)
     if method == "copula":
         return _parametric(gaussian, "copula", {}, warnings, level)
     if method == "student":
@@ -211,13 +220,11 @@ def _parametric(
     value = law.information
     local = law.pointwise()
     left, right = law.split, len(law.correlation) - law.split
-    # Efficient estimates have the variance of the log ratio; the second term is all that is left at independence.
-    error = math.sqrt(float(local.var()) / law.n + left * right / (2.0 * law.n**2))
-    half = float(ndtri(0.5 + level / 2)) * error
+    low, high, error = information_interval(value, local, left * right, level)
     return Estimate(
         value,
-        value - half,
-        value + half,
+        low,
+        high,
         method=name,
         n=law.n,
         samples=local,
@@ -248,8 +255,9 @@ def _corrected(
         # A law that explains most of the information shares most of the neighbours' bias.
         rows = np.random.default_rng(0).permutation(n)[:_THIN]
         divergences -= [item.mean() for item in _on_draws(small, _KS, rows)]
-    # The bias of a neighbour estimate at sharp edges and in many dimensions grows as (k / n)^(2 / d).
-    reach = [k ** (2.0 / width) for k in _KS]
+    # The bias of a neighbour estimate grows as (k / n)^(2 / d) in many dimensions, and on the plane, where it comes
+    # from sharp edges, between the powers 1 / 2 and 1.
+    reach = [k ** min(2.0 / width, 0.75) for k in _KS]
     gap = divergences[0] - divergences[1]
     extrapolated = divergences[0] + gap * reach[0] / (reach[1] - reach[0])
     trust = gap**2 / (gap**2 + _NOISE.get(width, _NOISE_ELSEWHERE) ** 2) if gap > 0 else 0.0
@@ -258,6 +266,8 @@ def _corrected(
         settled -= _plane_bias(ratio + float(settled), n, _KS[1])
     divergence = float(trust * extrapolated + (1 - trust) * settled)
     shift = divergence - raw[0]
+    if float(gap) > _SINGULAR * math.log(_KS[1] / _KS[0]):
+        warnings += (_DETERMINISTIC,)
     value = float(law.pointwise().mean()) + divergence
     left, right = search.points[:, : small.split], search.points[:, small.split :]
 
@@ -266,7 +276,7 @@ def _corrected(
 
     error, quantile = subset_interval(part, n, _KS[0], level)
     half = quantile * error + 0.5 * abs(float(gap))
-    if abs(shift) > max(2 * error, 0.03):
+    if abs(shift) > max(1.5 * error, 0.02):
         warnings += (
             f"bias: nearest neighbours needed a correction of {shift:+.3f} nats for dimension or thin structure; the "
             "interval does not hold what the correction missed",
@@ -289,13 +299,3 @@ def _corrected(
         std_error=error,
         details={"k": tuple(_KS), "divergence": divergence, "dimensions": dimensions},
     )
-
-
-def _deterministic(law: EllipticalCopula, n: int) -> tuple[str, ...]:
-    strongest = float(law.leading(1).correlation[0, 1])
-    if 1.0 - strongest**2 < 1e-4:
-        return (
-            "deterministic: x and y are nearly functions of one another; the information is infinite or so large that "
-            f"{n} samples do not measure it",
-        )
-    return ()

@@ -11,7 +11,7 @@ from scipy.special import digamma
 
 from tinyalign.theory._input import as_labels, as_matrix, as_numpy, check_level
 from tinyalign.theory.estimate import Estimate
-from tinyalign.theory.neighbours import kth_distance, subset_interval
+from tinyalign.theory.neighbours import kth_distances, subset_interval
 
 __all__ = ["DISCRETE_METHODS", "discrete_entropy", "entropy", "knn_entropy"]
 
@@ -31,7 +31,8 @@ def entropy(
 
     Args:
         x: labels (integers, strings, booleans) or continuous samples (floats).
-        method: ``"auto"`` takes Grassberger for labels and Kozachenko-Leonenko for floats; or one by name.
+        method: ``"auto"`` takes Miller-Madow for labels (Grassberger where they are undersampled)
+            and Kozachenko-Leonenko for floats; or one by name.
         k: neighbours of the continuous estimator.
         level: nominal coverage.
 
@@ -58,7 +59,8 @@ def entropy(
     labels = as_labels(x, "entropy", "x")
     counts = np.bincount(labels)
     names_values = {name: discrete_entropy(counts, name) for name in DISCRETE_METHODS}
-    chosen = "grassberger" if method == "auto" else method
+    warnings = undersampling_warnings(counts)
+    chosen = ("grassberger" if warnings else "miller_madow") if method == "auto" else method
     n = len(labels)
     surprise = -np.log(counts / n)[labels]
     # The plug-in's own error: the standard error of the mean surprise (Basharin 1959).
@@ -73,7 +75,7 @@ def entropy(
         n=n,
         samples=surprise + (value - surprise.mean()),
         candidates=names_values,
-        warnings=undersampling_warnings(counts),
+        warnings=warnings,
         level=level,
         std_error=error,
         details={"outcomes": int((counts > 0).sum())},
@@ -182,17 +184,27 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     warnings = duplicate_warnings(points, "x")
     if warnings and len(np.unique(points, axis=0)) <= k:
         return Estimate(-math.inf, -math.inf, -math.inf, method="knn", n=len(points), warnings=warnings, level=level)
-    local = _local_entropy(points, k)
+    wide = min(4 * k, len(points) - 1)
+    local, coarse = _local_entropy(points, [k, wide])
     value = float(local.mean())
-    error, quantile = subset_interval(lambda rows: float(_local_entropy(points[rows], k).mean()), len(points), k, level)
+    drift = float(coarse.mean()) - value
+    error, quantile = subset_interval(
+        lambda rows: float(_local_entropy(points[rows], [k])[0].mean()), len(points), k, level
+    )
     if points.shape[1] > 5:
         warnings += (
             f"dimension: {points.shape[1]} dimensions; nearest neighbours are biased upward at this sample size",
         )
+    if abs(drift) > max(2 * error, 0.02):
+        warnings += (
+            f"bias: the estimate moves by {drift:+.3f} nats from k = {k} to {wide}; edges or dimension bias it by "
+            "about as much",
+        )
+    half = quantile * error + 0.5 * abs(drift)
     return Estimate(
         value,
-        value - quantile * error,
-        value + quantile * error,
+        value - half,
+        value + half,
         method="knn",
         n=len(points),
         samples=local,
@@ -203,10 +215,10 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     )
 
 
-def _local_entropy(points: FloatArray, k: int) -> FloatArray:
+def _local_entropy(points: FloatArray, ks: list[int]) -> list[FloatArray]:
     n, width = points.shape
-    radius = np.maximum(kth_distance(points, k), 1e-300)
-    return np.asarray(digamma(n) - digamma(k) + width * np.log(2 * radius))
+    radii = np.maximum(kth_distances(points, ks), 1e-300)
+    return [digamma(n) - digamma(k) + width * np.log(2 * radius) for k, radius in zip(ks, radii.T, strict=True)]
 
 
 def duplicate_warnings(points: FloatArray, name: str) -> tuple[str, ...]:

@@ -30,9 +30,9 @@ def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, leve
 
     Integers, strings and booleans are labels, floats are continuous. ``"auto"`` takes for two continuous samples an
     elliptical copula where nearest neighbours agree with it and corrected nearest neighbours elsewhere; for labels
-    counts with Grassberger's correction; for a label and a continuous sample a cross-fitted classifier, or Ross's
-    neighbours where they find clearly more; for floats that repeat Gao's mixture estimator. What was not chosen stands in
-    ``.candidates``, and a warning says where the literature or the data say that the method fails.
+    counts with Miller and Madow's correction; for a label and a continuous sample a cross-fitted classifier, or Ross's
+    neighbours where they find clearly more; for floats that repeat Gao's mixture estimator. What was not chosen stands
+    in ``.candidates``, and a warning says where the literature or the data say that the method fails.
 
     Args:
         x: samples.
@@ -116,8 +116,8 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
     if len({len(part) for part in codes}) != 1:
         lengths = ", ".join(str(len(part)) for part in codes)
         raise ValueError(f"{where}: x, y and z must have equal lengths, got {lengths}. Pair them row by row.")
-    both = discrete_information(codes[0], np.stack(codes[1:], axis=1), method="grassberger", level=level)
-    alone = discrete_information(codes[0], codes[2], method="grassberger", level=level)
+    both = discrete_information(codes[0], np.stack(codes[1:], axis=1), method="miller_madow", level=level)
+    alone = discrete_information(codes[0], codes[2], method="miller_madow", level=level)
     assert both.samples is not None
     assert alone.samples is not None
     local = both.samples - alone.samples
@@ -125,7 +125,7 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
     error = float(np.sqrt(local.var() / len(local) + both.std_error**2 / len(local)))
     half = error * (both.high - both.value) / both.std_error if both.std_error > 0 else 0.0
     return Estimate(
-        value, value - half, value + half, method="chain rule, grassberger", n=len(local), samples=local,
+        value, value - half, value + half, method="chain rule, miller_madow", n=len(local), samples=local,
         warnings=both.warnings, level=level, std_error=error,
     )  # fmt: skip
 

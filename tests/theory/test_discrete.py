@@ -1,0 +1,177 @@
+"""Entropy and information of labels against tables, three-line loops and alphabets too large for the sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyalign.theory import (
+    conditional_mutual_information,
+    discrete_entropy,
+    entropy,
+    knn_entropy,
+    mutual_information,
+    table_information,
+)
+
+
+def table_of(seed: int, rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.ones(rows * columns)).reshape(rows, columns)
+
+
+def naive_information(joint: np.ndarray) -> float:
+    total = 0.0
+    for x in range(joint.shape[0]):
+        for y in range(joint.shape[1]):
+            if joint[x, y] > 0:
+                total += joint[x, y] * np.log(joint[x, y] / joint[x].sum() / joint[:, y].sum())
+    return total
+
+
+def draw(joint: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    cells = np.random.default_rng(seed).choice(joint.size, n, p=joint.ravel())
+    return cells // joint.shape[1], cells % joint.shape[1]
+
+
+@given(st.integers(0, 9999), st.integers(1, 6), st.integers(1, 6))
+def test_tables_are_exact(seed: int, rows: int, columns: int) -> None:
+    joint = table_of(seed, rows, columns)
+    assert table_information(joint) == pytest.approx(naive_information(joint), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=60))
+def test_plugin_equals_the_table_of_frequencies(pairs: list[tuple[int, int]]) -> None:
+    x, y = np.array(pairs).T
+    joint = np.zeros((4, 4))
+    np.add.at(joint, (x, y), 1 / len(x))
+    result = mutual_information(x, y, method="plugin")
+    assert result.value == pytest.approx(naive_information(joint), abs=1e-9)
+    assert result.samples.mean() == pytest.approx(result.value, abs=1e-9)
+
+
+def test_corrections_equal_their_formulas() -> None:
+    counts = np.array([4, 2, 1, 1])
+    share = counts / 8
+    plugin = -(share * np.log(share)).sum()
+    assert discrete_entropy(counts, "plugin") == pytest.approx(plugin)
+    assert discrete_entropy(counts, "miller_madow") == pytest.approx(plugin + 3 / 16)
+    # Grassberger's G in its recursive form: G(1) = -gamma - ln 2, G(2) = 2 + G(1), G(2n+2) = G(2n) + 2/(2n+1).
+    g1 = -np.euler_gamma - np.log(2)
+    g = {1: g1, 2: 2 + g1, 4: 2 + g1 + 2 / 3}
+    assert discrete_entropy(counts, "grassberger") == pytest.approx(np.log(8) - sum(c * g[c] for c in counts) / 8)
+    adjusted = (1 - 2 / 8) * share
+    expected = -sum(p * np.log(p) / (1 - (1 - p) ** 8) for p in adjusted)
+    assert discrete_entropy(counts, "chao_shen") == pytest.approx(expected)
+
+
+def test_corrections_remove_most_of_the_plugins_bias() -> None:
+    joint = table_of(2, 8, 8)
+    truth = naive_information(joint)
+    errors = {name: [] for name in ("plugin", "miller_madow", "grassberger", "chao_shen")}
+    for seed in range(20):
+        values = mutual_information(*draw(joint, 400, seed), method="plugin").candidates
+        for name, found in errors.items():
+            found.append(values[name] - truth)
+    plugin = np.mean(errors["plugin"])
+    assert plugin > 0.04
+    assert abs(np.mean(errors["grassberger"])) < plugin / 3
+    assert abs(np.mean(errors["miller_madow"])) < plugin / 3
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_interval_covers_for_dependent_and_independent_labels(rows: int) -> None:
+    """200 repetitions: four binomial errors below 95 % is 0.89."""
+    for joint in (table_of(5, rows, rows), np.outer(np.full(rows, 1 / rows), np.full(rows, 1 / rows))):
+        truth = naive_information(joint)
+        hits = [mutual_information(*draw(joint, 1000, seed)) for seed in range(200)]
+        assert not any(result.warnings for result in hits)
+        assert 0.89 <= np.mean([result.low <= truth <= result.high for result in hits]) <= 0.99
+
+
+def test_too_large_an_alphabet_is_said_and_shuffled_labels_give_nothing() -> None:
+    weights = 1 / np.arange(1, 501)
+    rng = np.random.default_rng(0)
+    x, y = rng.choice(500, (2, 3000), p=weights / weights.sum())
+    result = mutual_information(x, y)
+    assert result.warned("undersampled")
+    assert result.warned("null")
+    assert result.candidates["plugin"] > 0.8
+    assert result.candidates["chao_shen"] > 0.4
+    assert abs(result.value) < 0.1  # one twentieth of the plug-in value
+    copy = mutual_information(x, x, method="null_adjusted")
+    assert copy.value == pytest.approx(copy.candidates["plugin"])
+
+
+def test_labels_of_any_kind_and_joint_labels() -> None:
+    x = np.array([0, 1] * 100)
+    words = np.where(x == 1, "yes", "no")
+    assert mutual_information(x, words, method="plugin").value == pytest.approx(np.log(2))
+    assert mutual_information(x.astype(bool), words, method="plugin").value == pytest.approx(np.log(2))
+    first, second = np.random.default_rng(0).integers(0, 2, (2, 4000))
+    parity = first ^ second
+    assert abs(mutual_information(first, parity).value) < 0.01
+    pair = np.stack([first, second], axis=1)
+    assert mutual_information(pair, parity).value == pytest.approx(np.log(2), abs=0.01)
+    # I(first; parity | second) = ln 2, by the chain rule.
+    assert conditional_mutual_information(first, parity, second).value == pytest.approx(np.log(2), abs=0.01)
+
+
+def test_entropy_chooses_by_type_and_shows_its_candidates() -> None:
+    labels = np.random.default_rng(0).integers(0, 4, 2000)
+    result = entropy(labels)
+    assert result.value == pytest.approx(np.log(4), abs=0.005)
+    assert result.method == "miller_madow"
+    assert set(result.candidates) == {"plugin", "miller_madow", "grassberger", "chao_shen"}
+    assert not result.warnings
+    assert entropy(np.arange(50)).warned("undersampled")
+    assert entropy(np.random.default_rng(0).normal(size=500)).method == "knn"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "truth"),
+    [
+        (lambda r: r.normal(size=(4000, 1)), 0.5 * np.log(2 * np.pi * np.e)),
+        (lambda r: r.normal(size=(4000, 3)) * 2, 1.5 * np.log(2 * np.pi * np.e * 4)),
+        (lambda r: r.uniform(size=(4000, 2)) * [2, 5], np.log(10)),
+        (lambda r: r.exponential(3.0, (4000, 1)), 1 + np.log(3)),
+    ],
+)
+def test_neighbours_find_differential_entropy(sampler, truth: float) -> None:  # type: ignore[no-untyped-def]
+    results = [knn_entropy(sampler(np.random.default_rng(seed))) for seed in range(4)]
+    assert np.mean([result.value for result in results]) == pytest.approx(truth, abs=0.05)
+    assert sum(result.low <= truth <= result.high for result in results) >= 3
+    shifted = knn_entropy(3.0 * sampler(np.random.default_rng(0)))
+    width = sampler(np.random.default_rng(0)).shape[1]
+    assert shifted.value == pytest.approx(results[0].value + width * np.log(3), abs=1e-6)
+
+
+def test_repeated_and_many_columns_are_warned_of() -> None:
+    rng = np.random.default_rng(0)
+    assert knn_entropy(np.round(rng.normal(size=500), 1)).warned("ties")
+    assert knn_entropy(rng.normal(size=(300, 8))).warned("dimension")
+    constant = knn_entropy(np.zeros(50))
+    assert constant.value == -np.inf
+    assert constant.warned("constant")
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="x and y must have equal lengths, got 2 and 3"):
+        mutual_information([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"method must be one of auto, plugin, .* got 'median'"):
+        entropy([1, 2], method="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"method must be one of plugin, .* got 'auto'"):
+        discrete_entropy([1, 2], "auto")
+    with pytest.raises(ValueError, match="counts must be at least 0 with a positive sum"):
+        discrete_entropy([0, 0])
+    with pytest.raises(
+        ValueError, match=r"joint must be a table of probabilities that sum to 1, got shape \(1, 2\) and sum 0\.9"
+    ):
+        table_information([[0.5, 0.4]])
+    with pytest.raises(ValueError, match=r"x must have shape \(n,\) or \(n, d\), got \(0,\)"):
+        entropy(np.array([], dtype=int))
+    with pytest.raises(ValueError, match="x must hold at least 5 samples, got 3"):
+        knn_entropy([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="x, y and z must have equal lengths, got 2, 2, 3"):
+        conditional_mutual_information([1, 2], [1, 2], [1, 2, 3])
