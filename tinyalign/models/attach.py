@@ -294,7 +294,8 @@ def attach_memory(
         raise ValueError(
             f"{where}: vlm must not be attached already, got {type(vlm).__name__} with a branch. Detach it."
         )
-    rows, width = int(embeddings.weight.shape[0]), int(embeddings.weight.shape[1])
+    table: Any = embeddings.weight
+    rows, width = int(table.shape[0]), int(table.shape[1])
     if connector.output_dim != width:
         raise ValueError(
             f"{where}: connector must be as wide as the model's embeddings, {width}, got {connector.output_dim}. Build "
@@ -331,4 +332,5 @@ def attach_memory(
         memory.require_fingerprint(named(), "key.")
     aligned._memory.value = memory
     vlm.__dict__["_tinyalign_attached"] = True
+    aligned.plug.install()
     return aligned

@@ -96,6 +96,16 @@ def continue_language(
     return _output(output, {})
 
 
+def write_language(language_model: Any, embedded: Embedded, kwargs: dict[str, Any]) -> Any:
+    """Generate behind the embeddings; a language model without a pad token pads with its end of sequence."""
+    settings = kwargs.get("generation_config", language_model.generation_config)
+    if "pad_token_id" not in kwargs and getattr(settings, "pad_token_id", None) is None:
+        ends = getattr(settings, "eos_token_id", None)
+        kwargs["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    mask = embedded.attention_mask.long()
+    return language_model.generate(inputs_embeds=embedded.embeds, attention_mask=mask, **kwargs)
+
+
 def _output(output: Any, found: dict[str, Any]) -> TinyAlignOutput:
     logits = found.pop("logits", None) if "loss" in found else output.logits
     return TinyAlignOutput(

@@ -55,7 +55,7 @@ class EmbeddingPlug:
             raise RuntimeError(
                 "EmbeddingPlug.use: only one set of tokens may be in use, got a second. Leave the first."
             )
-        self._hook()
+        self.install()
         self.tokens, self.offset, self.calls = tokens, None, 0
         try:
             yield
@@ -74,7 +74,8 @@ class EmbeddingPlug:
             handle.remove()
         self._handles, self._module = [], None
 
-    def _hook(self) -> None:
+    def install(self) -> None:
+        """Put both hooks on the module that embeds now; called again at every use."""
         module = self.model.get_input_embeddings()  # type: ignore[operator]
         if module is not self._module:
             self.remove()

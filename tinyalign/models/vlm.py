@@ -15,7 +15,7 @@ from tinyalign.models import checkpoint
 from tinyalign.models.assembly import Batch, Embedded, embed_batch
 from tinyalign.models.beside import Beside, seeded
 from tinyalign.models.configuration import TinyAlignConfig, check_arm
-from tinyalign.models.language import check_keywords, continue_language, read_language
+from tinyalign.models.language import check_keywords, continue_language, read_language, write_language
 from tinyalign.models.outputs import TinyAlignOutput
 from tinyalign.models.pair_encoder import PairEncoder
 from tinyalign.models.parts import check_memory, latent_sizes, settings_of
@@ -33,8 +33,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     Args:
         config: sizes and sub-configs; `from_parts` is the usual way to build the model.
-        vision_tower: the tower, when it exists already.
-        language_model: the causal language model, when it exists already.
+        vision_tower, language_model: the parts, when they exist already.
 
     Shape:
         input_ids: (B, S), with image positions marked by ``config.image_token_id``. pixel_values: (num_images, C, H,
@@ -346,25 +345,18 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 f"pad: "
                 f"processor(text=..., images=..., padding=True)."
             )
-        for name in ("inputs_embeds", "labels"):
-            if generate_kwargs.pop(name, None) is not None and name == "inputs_embeds":
-                raise ValueError(
-                    "TinyAlignVLM.generate: inputs_embeds must be None, got embeddings. Images and retrieval are "
-                    "placed by "
-                    "input_ids; pass those."
-                )
+        generate_kwargs.pop("labels", None)
+        if generate_kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError(
+                "TinyAlignVLM.generate: inputs_embeds must be None, got embeddings. Images and retrieval are placed by "
+                "input_ids; pass those."
+            )
         batch = Batch(
             input_ids, attention_mask, None, pixel_values, image_features, image_counts, sample_ids, groups,
             neighbour_ids, neighbour_scores, retrieved, query_text_ids, query_text_mask,
         )  # fmt: skip
         embedded = self._embed(batch, retrieval)
-        settings = generate_kwargs.get("generation_config", self.language_model.generation_config)
-        if "pad_token_id" not in generate_kwargs and getattr(settings, "pad_token_id", None) is None:
-            ends = getattr(settings, "eos_token_id", None)
-            generate_kwargs["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-        return self.language_model.generate(
-            inputs_embeds=embedded.embeds, attention_mask=embedded.attention_mask.long(), **generate_kwargs
-        )
+        return write_language(self.language_model, embedded, generate_kwargs)
 
     def _embed(self, batch: Batch, retrieval: str | None) -> Embedded:
         arm = self.config.retrieval if retrieval is None else retrieval
