@@ -1,0 +1,161 @@
+"""Compare keys by what they retrieve, and value dtypes by what a trained reader loses.
+
+Recall@5 is the share of held-out questions with at least one neighbour of the same answer; "chance" is that of five
+entries drawn at random. Images are seen through frozen random features of their patches, so that no weights are needed:
+the numbers rank keys against one another, not against a trained tower. ``--data FILE.json`` (LLaVA format, images in a
+folder ``images`` beside it or under ``--images``) adds a file of yours to the digit scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyalign.data import DigitScenes, LlavaDataset, Sample, load_image
+from tinyalign.memory import (
+    AttentionPooledKey,
+    KeyTransform,
+    MemoryBank,
+    SentenceTransformerKey,
+    anisotropy_report,
+    concatenate_keys,
+    hub_report,
+    retrieval_report,
+)
+from tinyalign.perceiver import PerceiverCompressor
+
+K, SIDE, PATCH, FEATURES = 5, 32, 8, 192
+
+
+def features(samples: Sequence[Sample]) -> Tensor:
+    """Frozen random ReLU features of overlapping patches: (n, tokens, FEATURES)."""
+    import numpy as np
+
+    pixels = [np.asarray(load_image(s.images[0]).convert("RGB").resize((SIDE, SIDE))) for s in samples]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    patches = F.unfold(images, PATCH, stride=PATCH // 2).transpose(1, 2)  # (n, tokens, 3 * PATCH * PATCH)
+    generator = torch.Generator().manual_seed(0)
+    project = torch.randn(patches.shape[-1], FEATURES, generator=generator) / math.sqrt(patches.shape[-1])
+    return F.relu((patches - patches.mean(-1, keepdim=True)) @ project)
+
+
+def question(sample: Sample) -> str:
+    return sample.turns[0].text.replace("<image>", "").strip()
+
+
+def bag_of_words(texts: Sequence[str], folder: Path) -> Path:
+    """A sentence-transformers model of inverse document frequencies, made from the bank's own questions and saved."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import BoW
+
+    tokens = [set(text.lower().replace("?", " ").split()) for text in texts]
+    words = sorted(set().union(*tokens))
+    weights = {word: math.log((1 + len(texts)) / (1 + sum(word in t for t in tokens))) + 1e-3 for word in words}
+    SentenceTransformer(modules=[BoW(words, weights)], device="cpu").save(str(folder))
+    return folder
+
+
+def compare_keys(name: str, memory: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    print(f"\n{name}: {len(memory)} entries, {len(held_out)} held-out questions, k = {K}")
+    print(f"  {'key':<46}{'recall':>8}{'precision':>11}{'chance':>8}{'hub skew':>10}{'mean cos':>10}")
+    pool = AttentionPooledKey()
+    image, image_query = (torch.cat([pool(features(part[i : i + 64])) for i in range(0, len(part), 64)])
+                          for part in (memory, held_out))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        words = SentenceTransformerKey(bag_of_words([question(s) for s in memory], Path(folder)), device="cpu")
+        text, text_query = (words.keys([question(s) for s in part]) for part in (memory, held_out))
+    white, centre = KeyTransform.fit(image, whiten=True, dim=48), KeyTransform.fit(image)
+    near, near_query = (F.normalize(white(F.normalize(part, dim=-1)), dim=-1) for part in (image, image_query))
+    both, both_query = concatenate_keys([near, text]), concatenate_keys([near_query, text_query])
+    rows: list[tuple[str, Tensor, Tensor, KeyTransform | None]] = [
+        ("image, the paper's key", image, image_query, None),
+        ("image, centred", image, image_query, centre),
+        ("image, whitened to 48 dimensions", image, image_query, white),
+        ("question, SentenceTransformerKey (bag of words)", text, text_query, None),
+        ("whitened image and question, concatenated", both, both_query, None),
+    ]
+    answers = [s.turns[1].text for s in held_out]
+    notes = [{"answer": s.turns[1].text} for s in memory]
+    for label, keys, queries, transform in rows:
+        bank = MemoryBank(keys.shape[1], (1,), transform=transform)
+        bank.add(keys, torch.zeros(len(keys), 1), metadata=notes)
+        found, hubs = retrieval_report(bank, queries, answers, "answer", k=K), hub_report(bank, queries, k=K)
+        crowd = anisotropy_report(keys, transform).mean_cosine
+        print(
+            f"  {label:<46}{found.recall_at_k:>8.3f}{found.precision_at_k:>11.3f}{found.chance_at_k:>8.3f}"
+            f"{hubs.skewness:>10.2f}{crowd:>10.3f}"
+        )
+
+
+def trained_reader(num: int = 1200, steps: int = 300) -> None:
+    """Train the same small reader on values kept in each dtype and compare held-out losses."""
+    print("\nA reader (layer norm, MLP) of compressed values names the first colour of a scene: held-out, nats")
+    scenes = DigitScenes("memory", num, task="caption")
+    tokens = features(scenes)
+    compressor = PerceiverCompressor(FEATURES, seed=0).eval()
+    with torch.no_grad():
+        values = torch.cat([compressor(tokens[i : i + 64]) for i in range(0, num, 64)])
+    colours = [s.turns[1].text.split()[1] for s in scenes]
+    classes = sorted(set(colours))
+    labels = torch.tensor([classes.index(c) for c in colours])
+    print(f"  {len(classes)} classes; entropy of the labels "
+          f"{-sum(p * math.log(p) for p in (labels.bincount() / num).tolist()):.3f}")  # fmt: skip
+    spread = (values - values.mean(0)).square().mean().sqrt()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+        bank = MemoryBank(1, tuple(values.shape[1:]), value_dtype=dtype)
+        ids = bank.add(torch.ones(num, 1), values)
+        kept = bank.gather(ids)[0].float()
+        error = float((kept - values).square().mean().sqrt() / spread)
+        losses = [_train(kept, labels, len(classes), seed, steps) for seed in range(3)]
+        loss, accuracy = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        name = str(dtype).removeprefix("torch.")
+        print(f"  {name:<10} error/spread {error:.5f}   loss {loss:.4f}   accuracy {accuracy:.3f}")
+
+
+def _train(values: Tensor, labels: Tensor, classes: int, seed: int, steps: int) -> tuple[float, float]:
+    torch.manual_seed(seed)
+    inputs = values.flatten(1)
+    inputs = (inputs - inputs.mean(0)) / inputs.std()
+    reader = nn.Sequential(
+        nn.LayerNorm(inputs.shape[1]), nn.Linear(inputs.shape[1], 64), nn.GELU(), nn.Linear(64, classes)
+    )
+    half = len(labels) * 3 // 4
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(steps):
+        rows = torch.randint(half, (64,))
+        loss = F.cross_entropy(reader(inputs[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits = reader(inputs[half:])
+    return float(F.cross_entropy(logits, labels[half:])), float((logits.argmax(1) == labels[half:]).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, action="append", default=[])
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--entries", type=int, default=1500)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    memory = DigitScenes("memory", options.entries // 4, task="question")
+    compare_keys("Digit scenes", list(memory), list(DigitScenes("heldout", 100, task="question")))
+    for path in options.data:
+        samples = list(LlavaDataset(path, options.images or path.parent / "images"))
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+        held = max(1, min(400, len(samples) // 5))
+        chosen = [samples[i] for i in order[: options.entries + held] if len(samples[i].images) == 1]
+        compare_keys(path.name, chosen[held:], chosen[:held])
+    trained_reader()
+
+
+if __name__ == "__main__":
+    main()
