@@ -233,3 +233,28 @@ def test_on_a_gpu_the_table_is_the_same() -> None:
     here = collect_nll(model, [rows])
     there = collect_nll(model.cuda(), [rows])
     np.testing.assert_allclose(here.nll, there.nll, rtol=1e-5)
+
+
+class Wrapped(nn.Module):
+    """What `attach_memory` makes, as far as collecting sees it: named arms, and placeholders among the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rag_token_id, self.model, self.seen = 9, TinyLM(), []
+
+    def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
+        self.seen.append((inputs.pop("retrieval", None), inputs.pop("sample_ids", None), inputs["input_ids"].tolist()))
+        inputs.pop("groups", None)
+        return self.model(labels=labels, **inputs)
+
+
+def test_an_attached_model_is_asked_for_its_arms_and_loses_its_placeholders_when_off() -> None:
+    model = Wrapped()
+    rows = batch([[1, 9, 9, 3]], [[-100, -100, -100, 3]], sample_ids=torch.tensor([5]), groups=torch.tensor([2]))
+    collect_nll(model, [rows], condition="shuffled")
+    off = collect_nll(model, [rows], condition="off")
+    assert model.seen[0][0] == "shuffled"
+    assert model.seen[0][1].tolist() == [5]
+    assert model.seen[0][2] == [[1, 9, 9, 3]]
+    assert (model.seen[1][0], model.seen[1][2]) == ("off", [[1, 3]])
+    assert off.nll[0] == pytest.approx(reference(model.model, [1, 3], [-100, 3]), rel=1e-5)

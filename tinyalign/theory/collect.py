@@ -29,7 +29,11 @@ _IMAGE_KEYS = frozenset(
         "image_attention_mask",
         "mm_token_type_ids",
         "neighbour_ids",
+        "neighbour_scores",
         "retrieved",
+        "queries",
+        "query_text_ids",
+        "query_text_mask",
         "position_ids",
     }
 )
@@ -84,6 +88,9 @@ def collect_nll(
         )
     accepted = _accepted_arguments(model)
     arm = _arm(condition, accepted, model)
+    dropped = _image_tokens(model) if condition == "no_image" else ()
+    if arm == "off" and getattr(model, "rag_token_id", None) is not None:
+        dropped += (int(model.rag_token_id),)
     columns: dict[str, list[np.ndarray[Any, Any]]] = {
         name: [] for name in ("nll", "tokens", "sample_ids", "groups", "bytes", "targets")
     }
@@ -101,7 +108,11 @@ def collect_nll(
                     result = null_input(getattr(model, "language_model", model), labels)
                     nll, tokens = result.nll, result.tokens
                 else:
-                    inputs = without_images(batch, _image_tokens(model)) if condition == "no_image" else dict(batch)
+                    inputs = dict(batch)
+                    if condition == "no_image":
+                        inputs = without_images(inputs, dropped)
+                    elif dropped:
+                        inputs = _closed_up(inputs, dropped)
                     nll, tokens = _forward(model, inputs, arm, accepted, chunk)
                 _record(columns, batch, labels, nll, tokens, tokenizer, count)
                 count += len(labels)
@@ -129,11 +140,16 @@ def without_images(batch: Mapping[str, Any], image_tokens: tuple[int, ...] = (_P
         >>> without_images(batch)["labels"].tolist()
         [[-100, 5]]
     """
+    return _closed_up({name: value for name, value in batch.items() if name not in _IMAGE_KEYS}, image_tokens)
+
+
+def _closed_up(batch: Mapping[str, Any], tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Drop some token ids from every row and move the rest together."""
     ids = batch["input_ids"]
     shown = batch.get("attention_mask")
     keep = torch.ones_like(ids, dtype=torch.bool) if shown is None else shown.bool()
     left_padded = shown is not None and bool((~keep[:, 0]).any())
-    for token in image_tokens:
+    for token in tokens:
         keep = keep & (ids != token)
     width = int(keep.sum(dim=1).max())
     order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
@@ -141,7 +157,7 @@ def without_images(batch: Mapping[str, Any], image_tokens: tuple[int, ...] = (_P
     if left_padded:
         shift = kept.to(torch.int8).argsort(dim=1, stable=True)
         order, kept = order.gather(1, shift), kept.gather(1, shift)
-    result = {name: value for name, value in batch.items() if name not in _IMAGE_KEYS}
+    result = dict(batch)
     result["input_ids"] = torch.where(kept, ids.gather(1, order), torch.zeros_like(order))
     result["attention_mask"] = kept.long()
     if batch.get("labels") is not None:
@@ -151,15 +167,9 @@ def without_images(batch: Mapping[str, Any], image_tokens: tuple[int, ...] = (_P
 
 
 def _forward(
-    model: Any, inputs: dict[str, Any], arm: str | None, accepted: set[str] | None, chunk: int
+    model: Any, inputs: dict[str, Any], arm: str | None, accepted: set[str], chunk: int
 ) -> tuple[Tensor, Tensor]:
-    call = {
-        name: value
-        for name, value in inputs.items()
-        if name not in _RECORD_KEYS or accepted is None or name in accepted
-    }
-    if accepted is None:
-        call = {name: value for name, value in call.items() if name not in _RECORD_KEYS}
+    call = {name: value for name, value in inputs.items() if name not in _RECORD_KEYS or name in accepted}
     if arm is not None:
         call["retrieval"] = arm
     output = model(**call)
@@ -170,8 +180,8 @@ def _forward(
     return result.nll, result.tokens
 
 
-def _arm(condition: str, accepted: set[str] | None, model: Any) -> str | None:
-    takes_retrieval = accepted is not None and "retrieval" in accepted
+def _arm(condition: str, accepted: set[str], model: Any) -> str | None:
+    takes_retrieval = "retrieval" in accepted
     if condition in ("full", "null"):
         return None
     if condition == "no_image":
@@ -184,10 +194,12 @@ def _arm(condition: str, accepted: set[str] | None, model: Any) -> str | None:
     return "bank" if condition == "retrieval" else condition
 
 
-def _accepted_arguments(model: Any) -> set[str] | None:
-    """Names that the model's forward takes; None when it takes anything."""
-    parameters = inspect.signature(getattr(model, "forward", model)).parameters
-    return set(parameters) or None
+def _accepted_arguments(model: Any) -> set[str]:
+    """Names that the model's forward takes; a wrapper that names its arm takes retrieval's own arguments as well."""
+    names = set(inspect.signature(getattr(model, "forward", model)).parameters)
+    if hasattr(model, "rag_token_id"):
+        names |= {"retrieval", "sample_ids", "groups"}
+    return names
 
 
 def _labels(batch: Mapping[str, Any], count: int) -> Tensor:
@@ -249,7 +261,7 @@ def _to_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _image_tokens(model: Any) -> tuple[int, ...]:
-    config = getattr(model, "config", None)
+    config = getattr(model, "config", None) or getattr(getattr(model, "model", None), "config", None)
     named = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     return (_PLACEHOLDER, *(int(token) for token in named if token is not None))
 
