@@ -251,7 +251,12 @@ def test_xformers_gets_its_own_layout_and_an_aligned_full_bias(monkeypatch):
     seen = {}
 
     def memory_efficient_attention(q, k, v, attn_bias=None, scale=None):
-        seen.update(q=q.shape, bias=attn_bias.shape, row=attn_bias.stride(-2) % 8, dtype=attn_bias.dtype)
+        seen.update(
+            q=q.shape,
+            bias=attn_bias.shape,
+            strides=[attn_bias.stride(axis) % 8 for axis in range(3)],
+            dtype=attn_bias.dtype,
+        )
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_bias, scale=scale
         )
@@ -268,7 +273,7 @@ def test_xformers_gets_its_own_layout_and_an_aligned_full_bias(monkeypatch):
     keep[..., 0] = True
     got = Xformers().run(q, k, v, keep, 0.3)
     torch.testing.assert_close(got, Reference().run(q, k, v, keep, 0.3))
-    assert seen == {"q": (2, 5, 3, 8), "bias": (2, 3, 5, 13), "row": 0, "dtype": torch.float32}
+    assert seen == {"q": (2, 5, 3, 8), "bias": (2, 3, 5, 13), "strides": [0, 0, 0], "dtype": torch.float32}
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16])

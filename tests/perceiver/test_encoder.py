@@ -160,12 +160,23 @@ def test_impossible_sizes_are_refused(arguments, message):
         PerceiverEncoder(128, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_another_precision_run_in_that_of_the_weights(dtype):
+    encoder = PerceiverEncoder(
+        8, num_latents=3, latent_dim=8, num_self_attends=1, num_heads=2, qk_channels=8, v_channels=8
+    )
+    inputs = torch.randn(2, 5, 8).to(dtype)
+    assert torch.equal(encoder(inputs), encoder(inputs.float()))
+
+
 def test_wrong_inputs_are_refused():
     encoder = PerceiverEncoder(
         8, num_latents=3, latent_dim=8, num_self_attends=0, num_heads=2, qk_channels=8, v_channels=8
     )
     with pytest.raises(ValueError, match=r"inputs must have shape .* last size 8, got \(2, 5, 9\)"):
         encoder(torch.zeros(2, 5, 9))
+    with pytest.raises(TypeError, match=r"inputs must be floating point, got torch.int64"):
+        encoder(torch.zeros(2, 5, 8, dtype=torch.long))
     with pytest.raises(ValueError, match=r"got \(5, 8\)"):
         encoder(torch.zeros(5, 8))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\), got \(2, 4\)"):

@@ -34,12 +34,12 @@ class PerceiverEncoder(nn.Module):
         dtype: dtype of the weights.
 
     Shape:
-        inputs: (B, S, input_dim), float; S may be 0. mask: (B, S), bool, True = keep.
+        inputs: (B, S, input_dim), float of any precision; S may be 0. mask: (B, S), bool, True = keep.
         returns: (B, L, latent_dim), dtype of the weights. A row without any kept token reads nothing and is finite.
 
     Raises:
         ValueError: `inputs` has other than three axes or another last size; `mask` has another shape.
-        TypeError: `mask` is not boolean.
+        TypeError: `mask` is not boolean, `inputs` are integers.
 
     Source:
         Tran et al., "TinyAlign", Table 3; Jaegle et al., 2022, arXiv 2107.14795; transformers' Perceiver.
@@ -103,6 +103,11 @@ class PerceiverEncoder(nn.Module):
     def read(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Only the cross-attention: what each latent takes from the input. The content of masked tokens is ignored."""
         check_last_dim("PerceiverEncoder.forward", "inputs", inputs, self.input_dim, "(B, S, input_dim)")
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"PerceiverEncoder.forward: inputs must be floating point, got {inputs.dtype}. Embed ids first."
+            )
+        inputs = inputs.to(self.latents.dtype)
         if mask is not None:
             check_mask("PerceiverEncoder.forward", "mask", mask, (inputs.shape[0], inputs.shape[1]))
             # Attention weighs a masked token with zero, and zero times NaN is NaN.
