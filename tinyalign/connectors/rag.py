@@ -26,7 +26,8 @@ class RAGTokens(NamedTuple):
 class RAGConnector(nn.Module):
     """Turn the latents of K retrieved items into T tokens of the language model's width.
 
-    As in the paper each latent becomes one token, T = K * L. With ``num_tokens`` the latents are pooled by learned
+    As in the paper each latent becomes one token, T = K * L. Latents are first brought to zero mean and unit variance
+    (no weights), because a Perceiver ends without a norm and the scale of a bank is its own. With ``num_tokens`` the latents are pooled by learned
     queries to a fixed budget, so that the cost no longer grows with K.
 
     Args:
@@ -48,8 +49,8 @@ class RAGConnector(nn.Module):
         TypeError: a mask that is not boolean.
 
     Source:
-        TinyAlign, section 4.1 and Figure 1. Pooling after Jaegle et al. 2021, arXiv 2103.03206; the gate and the rank
-        vector are additions.
+        TinyAlign, section 4.1 and Figure 1. Pooling after Jaegle et al. 2021, arXiv 2103.03206. Additions: the
+        normalisation, the gate and the rank vector.
 
     Example:
         >>> connector = RAGConnector(96, 64)
@@ -104,14 +105,15 @@ class RAGConnector(nn.Module):
         if mask is None:
             mask = latents.new_ones((B, K), dtype=torch.bool)
         check_mask("RAGConnector.forward", "mask", mask, (B, K))
-        if self.rank is not None:
-            if K > self.rank.shape[0]:
-                raise ValueError(
-                    f"RAGConnector.forward: latents must hold at most num_ranks={self.rank.shape[0]} items, got {K}. "
-                    f"Retrieve fewer, or build the connector with a larger num_ranks."
-                )
-            latents = latents + self.rank[:K, None]
+        if self.rank is not None and self.rank.shape[0] < K:
+            raise ValueError(
+                f"RAGConnector.forward: latents must hold at most num_ranks={self.rank.shape[0]} items, got {K}. "
+                f"Retrieve fewer, or build the connector with a larger num_ranks."
+            )
         latents = latents.masked_fill(~mask[:, :, None, None], 0.0).to(self.mlp.weight_dtype)
+        latents = F.layer_norm(latents, (self.latent_dim,))
+        if self.rank is not None:
+            latents = latents + self.rank[:K, None]
         latents = latents.flatten(1, 2)  # (B, K, L, D) -> (B, K*L, D)
         keep = mask.repeat_interleave(L, dim=1)
         weight = self._weight(mask, scores)
