@@ -59,12 +59,12 @@ class Reference:
         return ()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        """Softmax in float32 at least, whatever the dtype of the inputs."""
-        scores = (q @ k.transpose(-1, -2)) * scale
+        """In float32 at least, whatever the dtype of the inputs: the result is rounded once."""
+        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
         if keep is not None:
             scores = scores.masked_fill(~keep, float("-inf"))
-        wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
-        return scores.softmax(dim=-1, dtype=wide).to(v.dtype) @ v
+        return (scores.softmax(dim=-1) @ v.to(wide)).to(v.dtype)
 
     def run_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, scale: float) -> Tensor:
         """Through the padded form."""
