@@ -1,0 +1,325 @@
+"""A vision tower and a language model small enough to train on the spot, for the digit scenes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tinyalign._files import replace_directory
+from tinyalign.data.digits import CAPTION_PROMPT, COLOURS, IMAGE_SIZE, DigitScenes, caption_of, question_of
+
+Track = Callable[[Iterable[int], str], Iterable[int]]
+_FILLER = (
+    "so",
+    "here",
+    "we",
+    "see",
+    "note",
+    "it",
+    "there",
+    "page",
+    "line",
+    "look",
+    "near",
+    "some",
+    "ink",
+    "on",
+    "with",
+)
+# Raise this with any change of what is trained here or of how a scene is drawn: older caches are then left aside.
+_VERSION = 1
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %} ask {{ message.content }}"
+    "{% else %} answer {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} answer{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class DigitRecipe:
+    """How the two small models are trained; its values name the cache entry.
+
+    Args:
+        tower_steps: contrastive steps of the vision tower.
+        language_steps: steps of the language model.
+        batch_size: rows per contrastive step; the language model takes half.
+        num_scenes: images the tower is trained on, all of the memory split's handwriting.
+        hidden_dim: width of the tower; the language model is a third wider.
+        longest_prefix: words before the prompt in the longest texts that the language model reads.
+        seed: of weights, texts and order.
+    """
+
+    tower_steps: int = 800
+    language_steps: int = 500
+    batch_size: int = 128
+    num_scenes: int = 8000
+    hidden_dim: int = 96
+    longest_prefix: int = 64
+    seed: int = 0
+
+
+class DigitParts(NamedTuple):
+    """Frozen parts for the digit scenes, each as ``from_pretrained`` gave it back."""
+
+    vision_tower: nn.Module
+    image_processor: Any
+    language_model: nn.Module
+    tokenizer: Any
+
+
+def load_digit_parts(
+    recipe: DigitRecipe | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    retrain: bool = False,
+    track: Track | None = None,
+) -> DigitParts:
+    """Train, or fetch from the cache, a SigLIP-architecture tower and a Llama-architecture language model.
+
+    The tower is trained contrastively on scenes and captions. The language model never sees an image: it is trained on
+    text in which facts come first, in changing order, repeated and among filler, and a caption or an answer follows. A
+    model trained on captions alone would ignore whatever stands before them, and no connector could make it read.
+
+    Args:
+        recipe: sizes and steps; the defaults are the quickstart's.
+        cache_dir: where trained parts are kept; ``$TINYALIGN_CACHE``, or ``tinyalign`` in the user's cache folder.
+        retrain: train anew although the cache has them.
+        track: wraps the steps of each training with a progress display: ``track(steps, label)``.
+
+    Raises:
+        RuntimeError: a training diverged.
+
+    Source:
+        Zhai et al. 2023, arXiv 2303.15343 (the tower's architecture); Radford et al. 2021, arXiv 2103.00020 (its loss).
+    """
+    recipe = DigitRecipe() if recipe is None else recipe
+    track = track if track is not None else _silent
+    folder = _cache_folder(cache_dir) / f"digit-parts-{_name_of(recipe)}"
+    if retrain or not (folder / "recipe.json").is_file():
+        with torch.random.fork_rng(devices=[]), replace_directory(folder) as fresh:
+            torch.manual_seed(recipe.seed)
+            tokenizer = _make_tokenizer()
+            tokenizer.save_pretrained(fresh / "language_model")
+            _train_language_model(recipe, tokenizer, track).save_pretrained(fresh / "language_model")
+            _train_tower(recipe, tokenizer, track).save_pretrained(fresh / "vision_tower")
+            size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+            SiglipImageProcessorPil(size=size).save_pretrained(fresh / "vision_tower")
+            (fresh / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+    tower = SiglipVisionModel.from_pretrained(folder / "vision_tower")
+    language_model = AutoModelForCausalLM.from_pretrained(folder / "language_model")
+    return DigitParts(
+        tower.requires_grad_(False).eval(),
+        AutoImageProcessor.from_pretrained(folder / "vision_tower", backend="pil"),
+        language_model.requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(folder / "language_model"),
+    )
+
+
+def _silent(steps: Iterable[int], label: str) -> Iterable[int]:  # noqa: ARG001
+    return steps
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if "TINYALIGN_CACHE" in os.environ:
+        return Path(os.environ["TINYALIGN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinyalign"
+
+
+def _name_of(recipe: DigitRecipe) -> str:
+    """Name a recipe together with the version of the code that carries it out."""
+    return hashlib.sha256(json.dumps([_VERSION, asdict(recipe)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*_SPECIAL, "ask", "answer", "and", "a", "what", "color", "is", "which", "digit", "the", "?", "."]
+    words += [*CAPTION_PROMPT.split(), *COLOURS, *map(str, range(10)), *_FILLER]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.chat_template = _CHAT_TEMPLATE
+    return wrapped
+
+
+# The language model
+
+
+def _read_facts(facts: Sequence[tuple[str, int]], length: int, rng: np.random.Generator) -> list[str]:
+    """Write facts among filler: each one to six times, now and then with contradicting ones that are rarer."""
+    mentions = [fact for fact in facts for _ in range(int(rng.integers(1, 5)))]
+    if rng.random() < 0.3:
+        colours = list(COLOURS)
+        wrong = [(colours[rng.integers(4)], int(rng.integers(10))) for _ in range(int(rng.integers(1, 4)))]
+        mentions += [*wrong, *facts, *facts]
+    rng.shuffle(mentions)
+    words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=length)]
+    places = 2 * rng.choice(length // 2, size=min(len(mentions), length // 2), replace=False)
+    for place, (colour, digit) in zip(places.tolist(), mentions, strict=False):
+        words[place] = str(colour)
+        words[place + 1] = str(digit)
+    return words
+
+
+def _texts(
+    recipe: DigitRecipe, tokenizer: Any, rows: int, reach: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw token ids and labels, padded on the right; `reach` in (0, 1] scales the longest prefix."""
+    encoded: list[tuple[list[int], list[int]]] = []
+    longest = max(12, int(reach * recipe.longest_prefix))
+    for _ in range(rows):
+        digits = [int(digit) for digit in rng.choice(10, 2, replace=False)]
+        facts = list(zip([str(c) for c in rng.choice(list(COLOURS), 2, replace=False)], digits, strict=True))
+        asked, answer = (CAPTION_PROMPT, caption_of(facts))
+        if rng.random() < 0.4:
+            asked, answer = question_of(facts, int(rng.integers(4)))
+        prefix = _read_facts(facts, int(rng.integers(longest // 3 + 4, longest + 1)), rng)
+        prompt = f"<s> ask {' '.join(prefix)} {asked} answer"
+        encoded.append(
+            (tokenizer.convert_tokens_to_ids(prompt.split()), tokenizer.convert_tokens_to_ids(f"{answer} </s>".split()))
+        )
+    width = max(len(prompt) + len(answer) for prompt, answer in encoded)
+    ids, labels = torch.zeros(rows, width, dtype=torch.long), torch.full((rows, width), -100)
+    for row, (prompt, answer) in enumerate(encoded):
+        stop = len(prompt) + len(answer)
+        ids[row, :stop] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : stop] = torch.tensor(answer)
+    return ids, labels
+
+
+def _train_language_model(recipe: DigitRecipe, tokenizer: Any, track: Track) -> LlamaForCausalLM:
+    width = recipe.hidden_dim * 4 // 3
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    rng = np.random.default_rng(recipe.seed)
+
+    def loss_of(step: int) -> Tensor:
+        # Short texts first: finding facts among filler is learned several times sooner that way.
+        reach = 0.2 + 0.8 * min(1.0, 1.5 * step / recipe.language_steps)
+        ids, labels = _texts(recipe, tokenizer, recipe.batch_size // 2, reach, rng)
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # padded on the right: no mask is needed
+        learned = labels[:, 1:] != -100
+        return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
+
+    label = "language model, on text only"
+    _descend(loss_of, model.parameters(), rate=3e-3, steps=recipe.language_steps, label=label, track=track)
+    return model.eval()
+
+
+# The vision tower
+
+
+class _CaptionEncoder(nn.Module):
+    """A caption as the sum of a vector per pair of neighbouring words: enough to bind a colour to its digit."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.pairs = nn.EmbeddingBag(vocab_size * vocab_size, dim, mode="sum")
+        nn.init.normal_(self.pairs.weight, std=dim**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.pairs(ids[:, :-1] * self.vocab_size + ids[:, 1:])  # type: ignore[no-any-return]
+
+
+def _train_tower(recipe: DigitRecipe, tokenizer: Any, track: Track) -> SiglipVisionModel:
+    config = SiglipVisionConfig(
+        hidden_size=recipe.hidden_dim,
+        intermediate_size=2 * recipe.hidden_dim,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    tower = SiglipVisionModel(config)
+    captions = _CaptionEncoder(len(tokenizer), recipe.hidden_dim)
+    log_scale = nn.Parameter(torch.tensor(2.3))
+    # Images of a seed that no bank uses, so that the tower has seen the handwriting of the bank but not its scenes.
+    scenes = DigitScenes("memory", recipe.num_scenes, seed=recipe.seed + 10_000)
+    drawn = [scenes.scene(number) for number in range(recipe.num_scenes)]
+    pixels = torch.from_numpy(np.stack([scene.pixels for scene in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(scene.caption.split()) for scene in drawn])
+    generator = torch.Generator().manual_seed(recipe.seed)
+
+    def loss_of(step: int) -> Tensor:  # noqa: ARG001
+        rows = torch.randint(recipe.num_scenes, (recipe.batch_size,), generator=generator)
+        shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        noise = 0.1 * torch.randn(recipe.batch_size, *pixels.shape[1:], generator=generator)
+        seen = torch.roll(pixels[rows], shift, (2, 3)) + noise
+        image = F.normalize(tower(pixel_values=seen).pooler_output, dim=-1)
+        text = F.normalize(captions(ids[rows]), dim=-1)
+        logits = log_scale.exp() * text @ image.T
+        same = (ids[rows][:, None] == ids[rows][None]).all(dim=-1).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    weights = [*tower.parameters(), *captions.parameters(), log_scale]
+    label = "vision tower, on images and captions"
+    _descend(loss_of, weights, rate=2e-3, steps=recipe.tower_steps, label=label, track=track)
+    return tower.eval()
+
+
+def _descend(
+    loss_of: Callable[[int], Tensor],
+    weights: Iterable[nn.Parameter],
+    *,
+    rate: float,
+    steps: int,
+    label: str,
+    track: Track,
+) -> None:
+    """Run AdamW under a one-cycle rate."""
+    weights = list(weights)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.12)
+    for step in track(range(steps), label):
+        loss = loss_of(step)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"load_digit_parts: the loss of the {label} must stay finite, got {loss.item()} at step {step}. "
+                f"Use another seed in the recipe."
+            )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
