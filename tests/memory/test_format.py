@@ -151,6 +151,14 @@ def mutated(blob, draw):
     return bytes(blob)
 
 
+def same_json(target, blob, whole):
+    """Another space in the manifest says nothing else."""
+    try:
+        return target.suffix == ".json" and json.loads(blob) == json.loads(whole)
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("rounds", [150, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resealed", [False, True])
 def test_mutated_files(tmp_path, rounds, resealed):
@@ -175,7 +183,7 @@ def test_mutated_files(tmp_path, rounds, resealed):
                     segment["files"][target.name] = {"bytes": len(blob), "xxh3": sums}
             (path / "manifest.json").write_text(sealed(content))
         problem = exercise(path)
-        if not resealed and blob != whole:
+        if not resealed and blob != whole and not same_json(target, blob, whole):
             assert problem is not None, f"{target} was changed and nobody noticed"
         outcomes.add(None if problem is None else problem[:24])
     assert len(outcomes) >= 2

@@ -51,6 +51,7 @@ def test_equals_a_full_sort_over_many_blocks(random_bank, full_sort, monkeypatch
 
 def test_best_of_looks_at_every_column():
     scores = torch.randn(5, 1000)
+    scores[1, 960], scores[2, 999], scores[3, 0] = 9.0, 9.0, 9.0  # the columns after the last whole chunk
     best, at = engine.best_of(scores, 3)
     expected = scores.sort(dim=1, descending=True)
     assert torch.equal(best, expected.values[:, :3])
@@ -132,6 +133,7 @@ def test_fewer_than_k_are_masked(random_bank):
     hits = bank.search(torch.randn(2, 8), 5, exclude_ids=[[100], []])
     assert hits.mask.sum(1).tolist() == [2, 3]
     assert hits.ids[~hits.mask].tolist() == [-1] * 5
+    assert hits.scores[~hits.mask].tolist() == [0.0] * 5
     assert (hits.values[~hits.mask] == 0).all()
     assert (hits.values[hits.mask] != 0).any(-1).all()
     everything = bank.search(torch.randn(1, 8), 2, exclude_ids=[[100, 101, 102]])
@@ -163,6 +165,9 @@ def test_near_duplicates_are_left_out_by_score(random_bank):
     scores = bank.neighbours(queries, 2).scores
     found = bank.neighbours(queries, 1, max_score=0.999)
     assert torch.equal(found.scores[:, 0], scores[:, 1])
+    crowd = MemoryBank(8, (1,), key_dtype=torch.float32)
+    crowd.add(torch.cat([queries[:1].repeat(30, 1), torch.randn(20, 8)]), torch.ones(50, 1))
+    assert (crowd.neighbours(queries[:1], 5, max_score=0.999).ids >= 30).all()
     with_filter = bank.neighbours(queries, 1, max_score=0.999, where=bank.ids < 102)
     assert (with_filter.scores <= 0.999).all()
 

@@ -23,6 +23,7 @@ from tinyalign.memory.errors import (
 )
 from tinyalign.memory.keys import AttentionPooledKey
 from tinyalign.memory.leakage import LeakageCounts, LeakageReport, leakage_report
+from tinyalign.memory.milvus import MilvusMemoryBank
 from tinyalign.memory.neighbours import NeighbourTable, precompute_neighbours
 from tinyalign.memory.refresh import DriftReport
 from tinyalign.memory.resident import ResidentBank
@@ -49,6 +50,7 @@ __all__ = [
     "LeakageCounts",
     "LeakageReport",
     "MemoryBank",
+    "MilvusMemoryBank",
     "NeighbourTable",
     "Neighbours",
     "ResidentBank",

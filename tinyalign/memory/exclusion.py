@@ -58,7 +58,7 @@ def banned_rows(table: RowTable, ids: np.ndarray | None, groups: np.ndarray | No
     rows, queries = [], []
     if ids is not None and ids.size:
         found = table.find(ids)
-        at = np.nonzero((found >= 0) & (ids >= 0))
+        at = np.nonzero(found >= 0)
         rows.append(found[at])
         queries.append(at[0])
     if groups is not None and groups.size:

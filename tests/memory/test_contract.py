@@ -1,0 +1,210 @@
+"""What every bank must do, whether it lives in files or in Milvus."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from tinyalign.memory import BankError, FingerprintMismatch, MemoryBank, UnknownIdError
+
+WITH_MILVUS = importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite")
+PRINT = {"key.encoder": "test", "data.n": 3}
+
+
+def milvus(path, **options):
+    from tinyalign.memory.milvus import MilvusMemoryBank
+
+    return MilvusMemoryBank(str(path), **options)
+
+
+@pytest.fixture(
+    params=[
+        "files",
+        pytest.param("milvus", marks=pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")),
+    ]
+)
+def make(request, tmp_path):
+    """Make an empty bank of keys (8,) and values (2, 3)."""
+
+    def build(metric="cosine"):
+        if request.param == "files":
+            return MemoryBank(8, (2, 3), metric=metric, fingerprint=PRINT)
+        return milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3), metric=metric, fingerprint=PRINT)
+
+    return build
+
+
+@pytest.fixture
+def filled(make):
+    """Sixty entries, ids from 100, three to a group, every other one with metadata."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(60, 8, generator=generator), torch.randn(60, 2, 3, generator=generator).half()
+    ids = torch.arange(100, 160)
+    bank = make()
+    notes = [{"n": i} if i % 2 else None for i in ids.tolist()]
+    assert torch.equal(bank.add(keys, values, ids=ids, groups=ids // 3, metadata=notes), ids)
+    return bank, keys, values
+
+
+def naive(keys, queries, k, hidden):
+    keys, queries = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (keys, queries))
+    scores = queries @ keys.T
+    for row, ids in enumerate(hidden):
+        scores[row, [i - 100 for i in ids]] = float("-inf")
+    best = scores.topk(min(k, keys.shape[0]))
+    return best.values, best.indices + 100
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_search_equals_a_full_sort(filled, k):
+    bank, keys, values = filled
+    queries = torch.randn(7, 8)
+    hits = bank.search(queries, k)
+    scores, ids = naive(keys, queries, k, [[]] * 7)
+    assert torch.equal(hits.ids, ids)
+    torch.testing.assert_close(hits.scores.double(), scores, atol=2e-3, rtol=0)
+    assert torch.equal(hits.values.half(), values[ids - 100])
+    assert hits.mask.all()
+
+
+def test_exclusions_are_per_query_and_exact(filled):
+    bank, keys, _ = filled
+    queries = keys[:4]
+    by_id = bank.neighbours(queries, 5, exclude_ids=[[100], list(range(100, 130)), [], [103, 7]])
+    hidden = [[100], list(range(100, 130)), [], [103]]
+    assert torch.equal(by_id.ids, naive(keys, queries, 5, hidden)[1])
+    groups = torch.tensor([[33, -1], [33, 34], [-1, -1], [40, 50]])
+    by_group = bank.neighbours(queries, 5, exclude_groups=groups)
+    hidden = [[i for i in range(100, 160) if i // 3 in row] for row in groups.tolist()]
+    assert torch.equal(by_group.ids, naive(keys, queries, 5, hidden)[1])
+    many = bank.neighbours(queries[:1], 3, exclude_groups=[list(range(33, 53))])
+    assert set(many.ids[many.mask].tolist()) == {i for i in range(100, 160) if i // 3 == 53}
+
+
+def test_fewer_than_k(filled):
+    bank, keys, _ = filled
+    hits = bank.search(keys[:2], 70, exclude_ids=[[100], []])
+    assert hits.mask.sum(1).tolist() == [59, 60]
+    assert (hits.ids[~hits.mask] == -1).all()
+    assert (hits.values[~hits.mask] == 0).all()
+    assert (hits.scores[~hits.mask] == 0).all()
+    assert bank.search(keys[:2], 0).ids.shape == (2, 0)
+    assert bank.search(keys[:0], 3).values.shape == (0, 3, 2, 3)
+
+
+def test_entries_by_id(filled):
+    bank, keys, values = filled
+    assert len(bank) == 60
+    assert 100 in bank
+    assert 7 not in bank
+    assert bank.metadata([101, 100]) == [{"n": 101}, {}]
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    torch.testing.assert_close(bank.keys([105, 101]), unit[[5, 1]], atol=1e-3, rtol=0)
+    found, mask = bank.gather(torch.tensor([[159, -1], [100, 100]]))
+    assert mask.tolist() == [[True, False], [True, True]]
+    assert torch.equal(found[1, 0].half(), values[0])
+    assert (found[0, 1] == 0).all()
+    assert torch.equal(bank.ids, torch.arange(100, 160))
+    assert torch.equal(bank.groups, torch.arange(100, 160) // 3)
+
+
+def test_removing(filled):
+    bank, keys, values = filled
+    assert bank.remove([100, 104]) == 2
+    assert len(bank) == 58
+    assert 104 not in bank.neighbours(keys[4:5], 58).ids
+    with pytest.raises(UnknownIdError, match="ids must be in the bank, got 104"):
+        bank.remove([101, 104])
+    assert 101 in bank
+    bank.add(keys[4:5], values[4:5], ids=[104])
+    assert int(bank.neighbours(keys[4:5], 1).ids) == 104
+    assert bank.add(keys[:2], values[:2]).tolist() == [160, 161]
+
+
+def test_refusals(filled):
+    bank, keys, values = filled
+    with pytest.raises(ValueError, match="ids must be new, got 101 which the bank holds"):
+        bank.add(keys[:2], values[:2], ids=[500, 101])
+    assert 500 not in bank
+    with pytest.raises(ValueError, match="ids must be distinct, got 3 twice"):
+        bank.add(keys[:2], values[:2], ids=[3, 3])
+    with pytest.raises(ValueError, match="keys must be non-zero"):
+        bank.add(torch.zeros(1, 8), values[:1])
+    with pytest.raises(ValueError, match=r"keys must have shape \(M, 8\), got \(1, 7\)"):
+        bank.add(keys[:1, :7], values[:1])
+    with pytest.raises(ValueError, match=r"k must be an integer from 0.*, got -1"):
+        bank.search(keys[:1], -1)
+    with pytest.raises(ValueError, match=r"queries must have shape \(M, 8\), got \(1, 3\)"):
+        bank.search(keys[:1, :3])
+    with pytest.raises(ValueError, match="NaN or infinity in row 0"):
+        bank.search(keys[:1] * float("nan"))
+    with pytest.raises(ValueError, match="exclude_ids must have one row per query"):
+        bank.search(keys[:2], exclude_ids=[1])
+    with pytest.raises(UnknownIdError, match="got 7"):
+        bank.gather(torch.tensor([7]))
+    with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'test', given: 'other'\)"):
+        bank.search(keys[:1], fingerprint={"key.encoder": "other"})
+    bank.search(keys[:1], fingerprint={"key.encoder": "test"})
+    assert len(bank) == 60
+
+
+def test_an_empty_bank_and_inner_products(make):
+    bank = make("ip")
+    with pytest.raises(BankError, match="the bank must hold entries, got 0"):
+        bank.search(torch.ones(1, 8))
+    assert bank.add(torch.zeros(0, 8), torch.zeros(0, 2, 3)).tolist() == []
+    bank.add(torch.eye(8) * torch.arange(8.0)[:, None], torch.ones(8, 2, 3))
+    assert bank.neighbours(torch.ones(1, 8), 3).ids.tolist() == [[7, 6, 5]]
+    assert bank.neighbours(torch.ones(1, 8), 3).scores.tolist() == [[7.0, 6.0, 5.0]]
+
+
+@pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
+def test_transfer_and_reopening(random_bank, tmp_path):
+    bank = random_bank(700, fingerprint=PRINT)  # more than one insert
+    remote = milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3), fingerprint=PRINT)
+    assert remote.add_bank(bank) == 700
+    remote.commit()
+    queries = torch.randn(4, 8)
+    exclude = {"exclude_groups": torch.arange(4)[:, None] + 40}
+    expected = bank.search(queries, 5, **exclude)
+    found = remote.search(queries, 5, **exclude)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.values, expected.values)
+    remote.close()
+    again = milvus(tmp_path / "bank.db")
+    assert (again.key_dim, again.value_shape, again.metric, again.fingerprint) == (8, (2, 3), "cosine", PRINT)
+    back = again.to_bank()
+    assert torch.equal(back.ids, bank.ids)
+    assert torch.equal(back.groups, bank.groups)
+    assert torch.equal(back.gather(back.ids)[0], bank.gather(bank.ids)[0])
+    torch.testing.assert_close(back.keys(), bank.keys(), atol=1e-3, rtol=0)
+    assert back.metadata(back.ids) == bank.metadata(bank.ids)
+    with pytest.raises(FingerprintMismatch, match=r"key.encoder"):
+        again.add_bank(random_bank(3, start=9000, fingerprint={**PRINT, "key.encoder": "other"}))
+    again.close()
+
+
+@pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
+def test_a_collection_of_another_make(tmp_path):
+    with pytest.raises(BankError, match="collection must exist, or key_dim and value_shape be given, got 'tinyalign'"):
+        milvus(tmp_path / "bank.db")
+    milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3)).close()
+    with pytest.raises(BankError, match=r"sizes must be those of 'tinyalign', \(8, \(2, 3\)\), got \(9, \(2, 3\)\)"):
+        milvus(tmp_path / "bank.db", key_dim=9)
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(uri=str(tmp_path / "bank.db"))
+    client.create_collection("strange", dimension=4)
+    client.close()
+    with pytest.raises(BankError, match="collection must be a memory bank, got 'strange'"):
+        milvus(tmp_path / "bank.db", collection="strange")
+
+
+def test_without_pymilvus_the_error_names_the_extra(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(ImportError, match=r"Install tinyalign-vlm\[milvus\]"):
+        milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3))
