@@ -367,8 +367,8 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(found, (one + two) / 2, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
-def test_trainer_runs(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "paligemma"])
+def test_trainer_runs_and_resumes(tmp_path: Path, name: str) -> None:
     from transformers import Trainer, TrainingArguments
 
     aligned = F.attach(F.build(name))
@@ -380,7 +380,7 @@ def test_trainer_runs(tmp_path: Path, name: str) -> None:
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        use_cpu=True, remove_unused_columns=False, prediction_loss_only=True, disable_tqdm=True, save_strategy="no",
+        use_cpu=True, remove_unused_columns=False, prediction_loss_only=True, disable_tqdm=True, save_steps=4,
         seed=0, per_device_eval_batch_size=2,
     )  # fmt: skip
     trainer = Trainer(
@@ -389,7 +389,50 @@ def test_trainer_runs(tmp_path: Path, name: str) -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
-    aligned.save_pretrained(tmp_path / "adapter")
+    resumed = F.attach(F.build(name))  # Gemma's head is tied to its embeddings, which safetensors would refuse
+    trainer = Trainer(model=resumed, args=arguments, train_dataset=list(range(8)), data_collator=collate)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for one, two in zip(aligned.connector.parameters(), resumed.connector.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+    twin = F.attach(F.build(name))
+    twin.load_state_dict(aligned.state_dict())  # strictly
+
+
+def _llava_processor() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "?": 3, **{f"w{at}": at for at in range(4, 100)}, "<image>": 100}
+    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<pad>", "<s>", "</s>", "<image>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_token="<image>",
+    )  # fmt: skip
+
+
+def test_the_models_own_processor_places_the_tokens() -> None:
+    from PIL import Image
+
+    aligned = F.attach(F.build("llava"), processor=_llava_processor())
+    red, text = Image.new("RGB", (20, 20), "red"), ["<s> <image> w5 w6", "<s> w7 <image> w8 w9"]
+    inputs = aligned.processor(images=[red, red], text=text, padding=True, padding_side="left")
+    rag = [aligned.rag_token_id] * 6
+    assert inputs["input_ids"].tolist() == [
+        [0, 1, *[100] * 4, *rag, 5, 6],
+        [1, 7, *[100] * 4, *rag, 8, 9],
+    ]
+    assert inputs["attention_mask"].tolist() == [[0, *[1] * 13], [1] * 14]
+    assert aligned.generate(**inputs, max_new_tokens=2, suppress_tokens=[100]).shape[0] == 2
+    plain = aligned.processor(images=[red], text=text[:1], retrieval="off")
+    assert plain["input_ids"].tolist() == [[1, *[100] * 4, 5, 6]]
+    assert torch.equal(aligned(**plain, retrieval="off").logits, aligned.model(**plain).logits)
+    alone = aligned.processor(text=["<s> w5"])
+    assert alone["input_ids"].tolist() == [[1, *rag, 5]]
 
 
 # What is refused

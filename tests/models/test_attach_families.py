@@ -248,7 +248,7 @@ def latents(rows: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, K, L, LATENT, generator=generator), torch.ones(rows, K, dtype=torch.bool)
 
 
-def attach(model: Any, **options: Any) -> Any:
+def attach(model: Any, *, processor: Any = None, **options: Any) -> Any:
     torch.manual_seed(9)
     connector = RAGConnector(LATENT, WIDTH)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def attach(model: Any, **options: Any) -> Any:
             parameter.mul_(3.0)
     memory = MemoryBank(key_dim=32, value_shape=(L, LATENT))
     memory.add(torch.randn(12, 32), torch.randn(12, L, LATENT))
-    return attach_memory(model, memory=memory, connector=connector, k=K, **options).eval()
+    return attach_memory(model, processor, memory=memory, connector=connector, k=K, **options).eval()
 
 
 def reference(model: Any, batch: dict[str, Any], rag_id: int, tokens: Tensor) -> tuple[Any, dict[str, Any]]:

@@ -90,3 +90,16 @@ def test_lora_trains_and_is_merged_on_saving(tmp_path: Path) -> None:
     from tinyalign.models import TinyAlignVLM
 
     assert TinyAlignVLM.from_pretrained(tmp_path).config.num_neighbours == 5
+
+
+def test_attach_smoke_reaches_what_it_predicts(tmp_path: Path) -> None:
+    said = run("attach_to_vlm.py", "--smoke", "--output", tmp_path)
+    assert float(re.findall(r"the last ten steps: ([\d.]+)", said)[0]) < 1.2
+    assert "the detached model computes what it did without retrieval: True" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"bank", "compressor", "adapter"}
+
+
+def test_a_loop_of_ones_own_reaches_what_it_predicts() -> None:
+    held_out = [float(loss) for loss in re.findall(r"held-out ([\d.]+)", run("own_training_loop.py", "--smoke"))]
+    assert len(held_out) == 2
+    assert max(held_out) < 2.0

@@ -87,6 +87,14 @@ def test_no_arm_but_self_and_constant_shows_a_sample_to_itself(build: Any, arm: 
     assert all(len(set(row)) == 18 for row in found.ids.tolist())
 
 
+@pytest.mark.parametrize("arm", ["bank", "shuffled", "random"])
+def test_a_bank_without_groups_still_hides_the_sample(arm: str) -> None:
+    bank = MemoryBank(key_dim=4, value_shape=(3, 8))
+    bank.add(torch.randn(6, 4), torch.randn(6, 3, 8))
+    found = arm_neighbours(bank, arm, bank.keys(), k=4, sample_ids=torch.arange(6))
+    assert (found.ids != torch.arange(6)[:, None]).all()
+
+
 def test_random_and_constant_are_spread_and_seeded(build: Any) -> None:
     bank, queries, own = build.bank(), torch.randn(20, 16), torch.arange(20)
     drawn = arm_neighbours(bank, "random", queries, k=3, sample_ids=own)

@@ -57,6 +57,8 @@ class AttachedVLM(nn.Module):
         self._memory = Shared()
         self._query: Query | None = None
         self._processor: Any = None
+        self.register_state_dict_post_hook(_drop_ties)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_restore_ties)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -244,6 +246,28 @@ class AttachedVLM(nn.Module):
         """Whether the head could write the retrieval id."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return head is not None and self.rag_token_id < head.weight.shape[0]
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Further names of a parameter that has several (a head tied to its embeddings), each with the first."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            ties[name] = first[id(parameter)]
+    return ties
+
+
+def _drop_ties(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Name a tied weight once: safetensors, and with it Trainer, refuses to write one tensor under two names."""
+    for name in _ties(module):
+        state.pop(prefix + name, None)
+
+
+def _restore_ties(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, source in _ties(module).items():
+        if prefix + source in state:
+            state.setdefault(prefix + name, state[prefix + source])
 
 
 def attach_memory(

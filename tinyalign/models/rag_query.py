@@ -48,18 +48,10 @@ class TowerQuery:
     def __call__(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return queries and which rows have an image."""
         ids: Tensor = inputs["input_ids"]
-        reader = _reader(self.model)
-        if inputs.get("pixel_values") is None or reader is None:
-            width = self.width
-            return torch.ones(len(ids), width, device=ids.device), torch.zeros(
-                len(ids), dtype=torch.bool, device=ids.device
-            )
-        taken = inspect.signature(reader).parameters
-        given = {name: value for name, value in inputs.items() if name in taken and value is not None}
-        given = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask", "labels")}
-        output = reader(**given, return_dict=True)
-        lengths = _lengths(output.pooler_output)
-        images = _per_image(output.last_hidden_state, lengths, inputs)
+        if inputs.get("pixel_values") is None:
+            blank = torch.ones(len(ids), self.width, device=ids.device)
+            return blank, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        images, lengths = self._read(inputs)
         owners = _owners(self._placeholders(ids), lengths)
         queries, has_query = [], []
         for row in range(len(ids)):
@@ -68,6 +60,21 @@ class TowerQuery:
             tokens = torch.cat(seen) if seen else images[0]
             queries.append(self.key(tokens[None].float())[0])
         return torch.stack(queries), torch.tensor(has_query, device=ids.device)
+
+    @torch.no_grad()
+    def image_tokens(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the tower's tokens, (T, D), of every image in the batch: what values can be made of."""
+        return self._read(inputs)[0]
+
+    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Tensor], list[int]]:
+        """Tokens of each image, and how many positions it takes in the prompt."""
+        reader = _reader(self.model)
+        taken = inspect.signature(reader).parameters
+        given = {name: value for name, value in inputs.items() if name in taken and value is not None}
+        given = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask", "labels")}
+        output = reader(**given, return_dict=True)
+        lengths = _lengths(output.pooler_output)
+        return _per_image(output.last_hidden_state, lengths, inputs), lengths
 
     @property
     def width(self) -> int:
