@@ -1,4 +1,4 @@
-"""Retrieval in a model and a training loop of your own: no transformers, no Trainer, the library's parts alone.
+"""Retrieval in a model and a training loop of your own: the parts of the library, and plain torch.
 
     python examples/own_training_loop.py
 
