@@ -166,3 +166,16 @@ def test_what_an_index_refuses():
     bank.remove([3])
     with pytest.raises(BankError, match="got 'Flat' of entries that have changed since"):
         bank.recall(torch.randn(1, 16))
+
+
+def test_what_two_codes_of_a_query_miss_is_in_the_bound():
+    """Keys that int8 holds exactly leave no residual to hide behind."""
+    half = torch.randint(-126, 127, (40, 12)).float()
+    half[:, 0] = 127
+    keys = torch.cat([half, -half])  # mean 0, scale 1
+    bank = bank_of(keys, metric="ip", key_dtype=torch.float32)
+    search = certified.CertifiedSearch(bank._contents.table)
+    assert float(search.parts[0].residuals.max()) == 0
+    queries, upper = torch.randn(50, 12), torch.empty(50, 80)
+    search._bounds(queries, upper, retrieval.banned_rows(bank._contents.table, None, None, bank._contents.table.dead))
+    assert bool((upper.double() >= queries.double() @ keys.double().T).all())

@@ -83,7 +83,7 @@ def places(content, path=()):
         yield from places(inner, (*path, name))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_manifest_of_any_content_is_refused_or_harmless(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "bank"
@@ -159,7 +159,51 @@ def same_json(target, blob, whole):
         return False
 
 
-@pytest.mark.parametrize("rounds", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def reseal(path, target):
+    """Make sizes and checksums agree with what a file holds now."""
+    blob = target.read_bytes()
+    content = json.loads((path / "manifest.json").read_text())
+    for segment in content["segments"]:
+        if segment["name"] == target.parent.name:
+            blocks = [blob[a : a + BLOCK_BYTES] for a in range(0, len(blob), BLOCK_BYTES)]
+            sums = "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
+            segment["files"][target.name] = {"bytes": len(blob), "xxh3": sums}
+    (path / "manifest.json").write_text(sealed(content))
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1, 2], [2, 7], [2**62, -(2**62)], [-(2**63), 2**63 - 1]])
+def test_removed_rows_of_a_forger(tmp_path, rows):
+    shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
+    (target,) = (tmp_path / "bank").rglob("removed.bin")
+    target.write_bytes(b"".join(row.to_bytes(8, "little", signed=True) for row in rows))
+    reseal(tmp_path / "bank", target)
+    with pytest.raises(BankError, match=r"removed.bin of .* must list rows in order"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("offsets", [[0, 7, 3], [1, 7, 42], [0, 7, 41]])
+def test_note_offsets_of_a_forger(tmp_path, offsets):
+    shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
+    target = min((tmp_path / "bank").rglob("note_offsets.bin"))
+    offsets = [*offsets[:2], *[max(offsets)] * 4, offsets[2]]
+    target.write_bytes(b"".join(offset.to_bytes(8, "little") for offset in offsets))
+    reseal(tmp_path / "bank", target)
+    with pytest.raises(BankError, match=r"note_offsets.bin must divide notes.bin"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def test_notes_of_a_forger(tmp_path):
+    for note, message in ((b"[123456", "JSON"), (b"[12345]", "dicts"), (b"\xff123456", "JSON")):
+        shutil.rmtree(tmp_path / "bank", ignore_errors=True)
+        shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
+        target = min((tmp_path / "bank").rglob("notes.bin"))
+        target.write_bytes(note + target.read_bytes()[7:])
+        reseal(tmp_path / "bank", target)
+        with pytest.raises(BankError, match=f"notes.bin must hold {message}"):
+            MemoryBank.load(tmp_path / "bank").metadata([0])
+
+
+@pytest.mark.parametrize("rounds", [60, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resealed", [False, True])
 def test_mutated_files(tmp_path, rounds, resealed):
     """Change files at random; with ``resealed``, a forger also makes sizes and checksums agree."""
@@ -175,13 +219,7 @@ def test_mutated_files(tmp_path, rounds, resealed):
         blob = mutated(whole, draw)
         target.write_bytes(blob)
         if resealed and target.suffix == ".bin":
-            content = json.loads((path / "manifest.json").read_text())
-            for segment in content["segments"]:
-                if segment["name"] == target.parent.name:
-                    blocks = [blob[a : a + BLOCK_BYTES] for a in range(0, len(blob), BLOCK_BYTES)]
-                    sums = "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
-                    segment["files"][target.name] = {"bytes": len(blob), "xxh3": sums}
-            (path / "manifest.json").write_text(sealed(content))
+            reseal(path, target)
         problem = exercise(path)
         if not resealed and blob != whole and not same_json(target, blob, whole):
             assert problem is not None, f"{target} was changed and nobody noticed"

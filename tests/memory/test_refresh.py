@@ -150,7 +150,11 @@ def test_kills_during_refresh(tmp_path):
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     path = tmp_path / "bank"
-    bank_by(made_by(0.0), 60).save(path)
+    bank = bank_by(made_by(0.0), 60)
+    bank.save(path)
+    begin = time.perf_counter()
+    bank.refresh(made_by(0.0), batch_size=20, progress=False)
+    span = 4 * (time.perf_counter() - begin)
     turns = {}
     for seed in range(20):
         child = os.fork()
@@ -165,7 +169,7 @@ def test_kills_during_refresh(tmp_path):
                 (tmp_path / f"error{seed}").write_text(repr(error))
             finally:
                 os._exit(0)
-        time.sleep(random.Random(seed).uniform(0.02, 0.3))
+        time.sleep(random.Random(seed).uniform(0.0, span))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         bank = MemoryBank.load(path)
@@ -174,7 +178,7 @@ def test_kills_during_refresh(tmp_path):
         assert bank.check(made_by(0.0, shift=shift), n=60).value_largest < 1e-3
         turns[seed] = shift
     assert not list(tmp_path.glob("error*")), [p.read_text() for p in tmp_path.glob("error*")]
-    assert len(set(turns.values())) > 5
+    assert len(set(turns.values())) > 2
 
 
 def test_a_killed_refresh_goes_on_where_it_was(tmp_path):

@@ -198,6 +198,8 @@ def test_fingerprint_of_a_query(random_bank):
     bank.search(queries, fingerprint={"key.encoder": "siglip", "value.compressor": "b"})
     with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'siglip', given: 'clip'\)"):
         bank.search(queries, fingerprint={"key.encoder": "clip"})
+    with pytest.raises(FingerprintMismatch, match=r"key\.crop \(bank: 'nothing', given: None\)"):
+        bank.search(queries, fingerprint={"key.encoder": "siglip", "key.crop": None})
     with pytest.raises(FingerprintMismatch, match=r"key\.layer \(bank: 'nothing', given: -2\)"):
         bank.search(queries, fingerprint={"key.encoder": "siglip", "key.layer": -2})
     with pytest.raises(FingerprintMismatch, match=r"value.compressor"):
