@@ -27,11 +27,12 @@ def hf_config(num_latents=32, latent_dim=96, input_dim=128, num_self_attends=8, 
     )
 
 
-def randomise(module, seed):
+def randomise(module, seed, scale=0.15):
+    """Norms, biases and weights away from where they start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in module.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.15)
+            weight.add_(torch.randn(weight.shape, generator=generator) * scale)
     return module.eval()
 
 
@@ -49,11 +50,14 @@ def hf_forward(encoder, latents, inputs, mask):
     num_blocks=st.integers(0, 3),
     num_heads=st.sampled_from([1, 2, 3, 4, 6, 8, 12]),
     masked=st.booleans(),
+    scale=st.sampled_from([0.0, 0.02, 0.05]),
     seed=st.integers(0, 2**20),
 )
-def test_equals_transformers_at_table_3_sizes(batch, length, num_blocks, num_heads, masked, seed):
+def test_equals_transformers_at_table_3_sizes(batch, length, num_blocks, num_heads, masked, scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    theirs = randomise(HFEncoder(hf_config(num_blocks=num_blocks, num_heads=num_heads), kv_dim=128), seed)
+    torch.manual_seed(seed)
+    config = hf_config(num_blocks=num_blocks, num_heads=num_heads)
+    theirs = randomise(PerceiverModel(config), seed, scale).encoder
     latents = torch.randn(32, 96, generator=generator)
     ours = PerceiverEncoder.from_hf_state_dict(
         theirs.state_dict(), latents=latents, num_heads=num_heads, num_blocks=num_blocks
@@ -65,8 +69,7 @@ def test_equals_transformers_at_table_3_sizes(batch, length, num_blocks, num_hea
         mask[:, seed % length] = True
     expected = hf_forward(theirs, latents, inputs, mask)
     got = ours(inputs, mask)
-    scale = max(1.0, expected.abs().max().item())
-    assert (got - expected).abs().max().item() <= 5e-6 * scale
+    assert (got - expected).abs().max().item() <= 5e-6
 
 
 def test_equals_transformers_with_its_own_initial_weights():
