@@ -44,6 +44,13 @@ def test_equals_the_bank(random_bank, small_blocks, devices, value_dtype, metric
         torch.testing.assert_close(one, two)
 
 
+def test_padding_does_not_exclude_entries_without_a_group():
+    bank = MemoryBank(2, (1,))
+    bank.add(torch.eye(2), torch.ones(2, 1), groups=[-1, 4])
+    found = bank.to("cpu").neighbours(torch.eye(2), 2, exclude_groups=torch.tensor([-1, 4]))
+    assert found.mask.tolist() == [[True, True], [True, False]]
+
+
 def test_no_value_is_looked_at(random_bank):
     """Fake tensors hold no data: whatever reads one, or sizes a tensor by one, raises."""
     bank = random_bank()

@@ -1,0 +1,114 @@
+"""How records are divided over ranks, and how ranks wait."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyalign.memory import BankError, MemoryBank, manifest, store, tables
+from tinyalign.memory.shards import Share, share_of, start_anew, wait_until
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 9))
+def test_shares_cover_all_records_once_and_cut_between_batches(records, batch, ranks):
+    shares = [share_of(records, batch, {"RANK": str(r), "WORLD_SIZE": str(ranks)}) for r in range(ranks)]
+    assert [s.begin for s in shares] == [0, *[s.end for s in shares[:-1]]]
+    assert shares[-1].end == records
+    assert all(s.begin % batch == 0 or s.begin == records for s in shares)
+    batches = [-(-(s.end - s.begin) // batch) for s in shares]
+    assert max(batches) - min(batches) <= 1
+
+
+def test_alone_there_is_one_rank():
+    assert share_of(10, 3, {}) == Share(0, 1, 0, 10)
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [("3", "3"), ("-1", "2")])
+def test_a_rank_out_of_range(rank, ranks):
+    with pytest.raises(BankError, match=f"RANK must be from 0 to WORLD_SIZE - 1, got {rank} of {ranks}"):
+        share_of(10, 3, {"RANK": rank, "WORLD_SIZE": ranks})
+
+
+def test_waiting_ends_with_the_condition_or_the_time():
+    begin = time.monotonic()
+    wait_until(lambda: time.monotonic() > begin + 0.1, 10, "a while")
+    with pytest.raises(BankError, match="waiting for rank 0 must end within 0 s, got no sign"):
+        wait_until(lambda: False, 0.05, "rank 0")
+
+
+def test_rank_zero_waits_until_all_have_seen_the_bank(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    first, second = Share(0, 2, 0, 5), Share(1, 2, 5, 10)
+    follower = threading.Thread(target=second.follow, args=(work, 10.0))
+    follower.start()
+    first.finish(work, 10.0)
+    follower.join()
+    assert not work.exists()
+    with pytest.raises(BankError, match="rank 0 to publish the bank"):
+        second.follow(tmp_path, 0.05)
+
+
+def test_starting_anew(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(BankError, match=r"resume=False must find no leftovers when several ranks build, got '.*work'"):
+        start_anew(work, Share(0, 2, 0, 5))
+    start_anew(work, Share(0, 1, 0, 5))
+    assert not work.exists()
+    start_anew(work, Share(1, 2, 0, 5))
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_builder import encode
+from tinyalign.memory import BuildOptions, build_memory_bank
+options = BuildOptions(timeout=60.0)
+bank = build_memory_bank(range(50), encode, sys.argv[2], batch_size=3, progress=False, options=options)
+"""
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    arguments = [str(script), str(Path(__file__).parent), str(tmp_path / "bank")]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert MemoryBank.load(tmp_path / "bank").ids.tolist() == list(range(10, 60))
+
+
+def test_what_is_too_large_or_never_still(random_bank, tmp_path, monkeypatch):
+    bank = random_bank()
+    bank.save(tmp_path / "bank")
+    monkeypatch.setattr(manifest, "LARGEST_MANIFEST", 100)
+    with pytest.raises(BankError, match="must stay under 100 bytes, got"):
+        MemoryBank.load(tmp_path / "bank")
+    monkeypatch.undo()
+    (tmp_path / "table.json").write_text(" " * 200)
+    monkeypatch.setattr(tables, "LARGEST_MANIFEST", 100)
+    with pytest.raises(BankError, match="must be small, got 200 bytes"):
+        tables.read_facts(tmp_path, "any", 1, "test")
+    monkeypatch.undo()
+
+    def always_replaced(*args, **kwargs):
+        (tmp_path / "bank").joinpath("manifest.json").read_text()
+        other = MemoryBank.merge([random_bank(3)])
+        monkeypatch.undo()
+        other.save(tmp_path / "bank")
+        monkeypatch.setattr(store, "_open", always_replaced)
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(store, "_open", always_replaced)
+    bank = random_bank(2)
+    with pytest.raises(BankError, match="must stay still long enough to be opened, got 16 new generations"):
+        store.open_generation(tmp_path / "bank", "test", mapped=True)
