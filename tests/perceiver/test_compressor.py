@@ -98,6 +98,14 @@ def test_text_alone_ignores_the_image(fusion):
     torch.testing.assert_close(neither, neither[:1].expand_as(neither))
 
 
+def test_text_alone_is_its_own_reading_undiluted():
+    compressor = build()
+    image, text = example()
+    heard = compressor.text_attention(compressor.encoder.latents[None], compressor._embed(text, None, 3))
+    nothing = torch.zeros(3, 6, dtype=torch.bool)
+    torch.testing.assert_close(compressor(image, text, nothing), compressor.encoder.refine(heard))
+
+
 def test_balanced_is_the_average_of_two_readings():
     compressor = build()
     image, text = example()

@@ -164,6 +164,38 @@ def test_a_sample_of_patches_estimates_the_whole_loss():
     torch.testing.assert_close(sampled.eval()(image, text).image_loss, whole.eval()(image, text).image_loss)
 
 
+def test_sampled_patches_are_compared_with_themselves():
+    """A stand-in decoder that knows every patch by its position leaves no error; padding stays out of it."""
+    pretrainer = build(num_patches=5, text_weight=0.0)
+    image, _ = example(6)
+    image_mask = torch.arange(9)[None].expand(6, -1) < torch.tensor([9, 8, 7, 6, 5, 4])[:, None]
+    pretrainer.compressor.fit_image_scale(image)
+    normal = pretrainer.compressor.normalise(image)
+    asked = []
+
+    class KnowsAll(torch.nn.Module):
+        def forward(self, latents, positions):
+            asked.append(positions)
+            return normal.gather(1, positions[..., None].expand(-1, -1, 12))
+
+    pretrainer.image_reader = KnowsAll()
+    spoilt = image.masked_fill(~image_mask[..., None], float("nan"))
+    assert pretrainer(spoilt, None, image_mask).image_loss.item() < 1e-10
+    assert asked[0].shape == (6, 5)
+    assert all(len(set(row.tolist())) == 5 for row in asked[0])
+
+
+def test_each_contrastive_view_sees_one_modality():
+    pretrainer = build(contrastive_weight=1.0)
+    seen = []
+    pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    pretrainer(*example())
+    _, image_view, text_view = seen
+    assert image_view[1] is None
+    assert text_view[1] is not None
+    assert not text_view[2].any()
+
+
 def test_contrastive_views_learn_to_find_each_other():
     pretrainer = build(image_weight=0.0, text_weight=0.0, contrastive_weight=1.0)
     generator = torch.Generator().manual_seed(0)
