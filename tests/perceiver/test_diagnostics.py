@@ -43,7 +43,10 @@ def test_the_penalty_is_the_one_that_naive_refits_choose(grouped):
             kept = (groups != group).numpy()
             ridge = Ridge(alpha=penalty).fit(scaled[kept], targets.numpy()[kept])
             errors[penalty] += float(((ridge.predict(scaled[~kept]) - targets.numpy()[~kept]) ** 2).sum())
-    assert RidgeProbe(inputs, targets, groups).penalty == min(errors, key=errors.__getitem__)
+    probe = RidgeProbe(inputs, targets, groups)
+    assert probe.penalty == min(errors, key=errors.__getitem__)
+    for penalty, error in errors.items():
+        assert math.isclose(probe.errors[penalty], error / 48, rel_tol=1e-5)
 
 
 def test_columns_that_never_change_are_left_out():

@@ -54,7 +54,7 @@ class RidgeProbe:
         values, turned = values.clamp(min=0.0), vectors.T @ centred
         groups = torch.arange(len(inputs)) if groups is None else groups
         blocks = [torch.nonzero(groups == group).flatten() for group in torch.unique(groups)]
-        best: tuple[float, float] = (float("inf"), PENALTIES[-1])
+        self.errors: dict[float, float] = {}  # penalty to mean squared leave-out error
         for penalty in PENALTIES:
             shrink = values / (values + penalty)
             residual = centred - vectors @ (shrink[:, None] * turned)
@@ -64,8 +64,8 @@ class RidgeProbe:
                 hat = (part * shrink) @ part.T + 1.0 / len(inputs)  # the mean is fitted too
                 identity = torch.eye(len(rows_out), dtype=hat.dtype)
                 error += float(torch.linalg.solve((1.0 + 1e-9) * identity - hat, residual[rows_out]).square().sum())
-            best = min(best, (error, penalty))
-        self.penalty = best[1]
+            self.errors[penalty] = error / targets.numel()
+        self.penalty = min(self.errors, key=self.errors.__getitem__)
         self.weight = rows.T @ (vectors @ (turned / (values + self.penalty)[:, None]))
 
     def __call__(self, inputs: Tensor) -> Tensor:
