@@ -30,6 +30,13 @@ def test_table_equals_searching(random_bank, tmp_path):
     again.verify(tmp_path / "t")
 
 
+def test_samples_may_come_in_any_order(random_bank, tmp_path):
+    bank = random_bank()
+    names = [70, 3, 900, 41]
+    table = precompute_neighbours(bank, bank.keys()[:4], 1, sample_ids=names, path=tmp_path / "t")
+    assert table.lookup([3, 900, 70, 41]).ids[:, 0].tolist() == [101, 102, 100, 103]
+
+
 def test_queries_may_come_from_a_generator(random_bank, tmp_path):
     bank = random_bank()
     queries = torch.randn(10, 8)
