@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tinyalign.data import DigitScenes, LlavaDataset, write_llava
@@ -115,16 +116,21 @@ def main() -> None:
     encode = SampleEncoder(encoder, AutoImageProcessor.from_pretrained(args.vision), tokenizer)
 
     saved = args.output / "compressor"
-    if args.compressor is None and saved.exists():
-        print(f"going on with the compressor in {saved}")
-        encoder.compressor = PerceiverCompressor.from_pretrained(saved).to(args.device)
-    elif args.compressor is None:
-        train_compressor(encode, samples, args)
-    encoder.compressor.save_pretrained(saved)
+    with PartialState().main_process_first():  # under torchrun one process trains it, and the others read it
+        if args.compressor is None and saved.exists():
+            print(f"going on with the compressor in {saved}")
+            encoder.compressor = PerceiverCompressor.from_pretrained(saved).to(args.device)
+        else:
+            if args.compressor is None:
+                train_compressor(encode, samples, args)
+            if PartialState().is_main_process:
+                encoder.compressor.save_pretrained(saved)
 
     bank = build_memory_bank(
         samples, encode, args.output / "bank", batch_size=args.batch_size, fingerprint=encode.fingerprint()
     )
+    if not PartialState().is_main_process:
+        return
     settings = {"vision": str(args.vision), "vision_layer": args.vision_layer, "alpha": args.alpha}
     (args.output / "memory.json").write_text(json.dumps(settings, indent=2))
 

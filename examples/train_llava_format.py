@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from tinyalign.data import ChatRenderer, DigitScenes, LlavaCollator, LlavaDataset, PlainRenderer, Sample, write_llava
@@ -194,7 +195,8 @@ def main() -> None:
         if samples is not None:
             precomputed = args.retrieval == "bank"
             path = args.output / f"neighbours-{name}"
-            extra = Neighbours(model, processor, samples, path) if precomputed else None
+            with PartialState().main_process_first():  # one process searches, the others read its table
+                extra = Neighbours(model, processor, samples, path) if precomputed else None
             collators[name] = LlavaCollator(processor, renderer=renderer, max_length=length, extra=extra)
     print(f"of the first samples, {collators['train'].measure(train[:256])}")
 

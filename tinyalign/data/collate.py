@@ -69,8 +69,18 @@ class LlavaCollator:
             one whose images alone exceed `max_length`, or an unreadable image; each names the sample.
 
     Example:
-        >>> collator = LlavaCollator(processor)                                              # doctest: +SKIP
-        >>> loader = torch.utils.data.DataLoader(dataset, 16, collate_fn=collator)           # doctest: +SKIP
+        >>> from types import SimpleNamespace
+        >>> from tinyalign.data import Turn
+        >>> class Letters:
+        ...     is_fast, chat_template, bos_token, eos_token, pad_token_id = False, None, None, ".", 0
+        ...     def __call__(self, text, **_):
+        ...         return {"input_ids": [ord(letter) for letter in text]}
+        >>> processor = SimpleNamespace(tokenizer=Letters(), image_processor=None, num_image_tokens=1,
+        ...                             num_retrieval_tokens=0, image_token_id=-200)
+        >>> sample = Sample("a", 1, 1, (), (Turn("user", "Red?"), Turn("assistant", "no")))
+        >>> labels = LlavaCollator(processor)([sample])["labels"][0]
+        >>> "".join(chr(label) for label in labels if label != IGNORE_INDEX)
+        ' no.'
     """
 
     def __init__(

@@ -31,8 +31,16 @@ class TinyAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         ValueError: placeholders and images that differ in number, an unreadable picture, or no text.
 
     Example:
-        >>> processor = TinyAlignProcessor.for_model(model, image_processor, tokenizer)          # doctest: +SKIP
-        >>> inputs = processor(text=[processor.prompt("What is it?")], images=[picture])         # doctest: +SKIP
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor, AutoTokenizer
+        >>> from tinyalign.models.tiny import write_tiny_parts
+        >>> parts = write_tiny_parts(tempfile.mkdtemp(), ["what is it"])
+        >>> pictures = AutoImageProcessor.from_pretrained(parts.vision)
+        >>> processor = TinyAlignProcessor(pictures, AutoTokenizer.from_pretrained(parts.llm), num_image_tokens=16)
+        >>> inputs = processor(images=Image.new("RGB", (40, 30)), text=processor.prompt("what is it"))
+        >>> int((inputs["input_ids"] == -200).sum()), tuple(inputs["pixel_values"].shape)
+        (16, (1, 3, 32, 32))
     """
 
     def __init__(

@@ -30,8 +30,20 @@ class SampleEncoder:
         ValueError: a sample without an image; it has no key.
 
     Example:
-        >>> encode = SampleEncoder(encoder, image_processor, tokenizer)                      # doctest: +SKIP
-        >>> bank = build_memory_bank(dataset, encode, "bank", fingerprint=encode.fingerprint())  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        >>> from tinyalign.data import DigitScenes
+        >>> from tinyalign.memory import AttentionPooledKey
+        >>> from tinyalign.models.tiny import write_tiny_parts
+        >>> from tinyalign.perceiver import PerceiverCompressor
+        >>> parts = write_tiny_parts(tempfile.mkdtemp(), ["a red 3 and a blue 7 ."])
+        >>> tokenizer = AutoTokenizer.from_pretrained(parts.llm)
+        >>> compressor = PerceiverCompressor(64, vocab_size=len(tokenizer))
+        >>> encoder = PairEncoder(AutoModel.from_pretrained(parts.vision), compressor, AttentionPooledKey())
+        >>> encode = SampleEncoder(encoder, AutoImageProcessor.from_pretrained(parts.vision), tokenizer)
+        >>> batch = encode(DigitScenes("memory", 2)[:2])
+        >>> batch.keys.shape, batch.values.shape
+        (torch.Size([2, 64]), torch.Size([2, 32, 96]))
     """
 
     def __init__(
