@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,16 +101,25 @@ class Mean(nn.Module):
         return features.mean(dim=1) ** self.power - self.centre
 
 
-def test_a_key_of_ones_own_is_named_by_class_numbers_and_buffers(build: Any) -> None:
+def test_a_key_of_ones_own_is_named_by_class_numbers_and_buffers(build: Any, tmp_path: Path) -> None:
     fields = PairEncoder(build.tower("siglip"), None, Mean(1.0)).fingerprint()
     assert fields["key.pooling"] == "Mean"
     assert fields["key.pooling.power"] == 1.0
     other = PairEncoder(build.tower("siglip"), None, Mean(2.0)).fingerprint()
     assert {name for name in fields if fields[name] != other[name]} == {"key.pooling.power", "key.pooling.weights"}
     model = TinyAlignVLM.from_parts(build.tower("siglip"), build.lm("llama"), memory=build.bank(), key=Mean(1.0))
-    assert model.config.key_settings is None
+    assert model.config.key_settings == {"class": "Mean"}
     output = model.eval()(torch.tensor([build.row(1, "image", 5)]), torch.randn(1, 3, 16, 16))
     assert output.neighbour_ids.shape == (1, 5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="key must be given for a checkpoint with a key of its own, got None where 'Mean'"
+    ):
+        TinyAlignVLM.from_pretrained(tmp_path, memory=build.bank())
+    again = TinyAlignVLM.from_pretrained(tmp_path, memory=build.bank(fingerprint=fields), key=Mean(1.0))
+    assert isinstance(again.query_encoder.key, Mean)
+    with pytest.raises(ValueError, match=r"key\.pooling\.power"):
+        TinyAlignVLM.from_pretrained(tmp_path, memory=build.bank(fingerprint=fields), key=Mean(2.0))
 
 
 def test_what_an_encoder_cannot_do(build: Any) -> None:

@@ -22,19 +22,16 @@ class Shared:
 
 
 class Beside:
-    """The bank, the key and the text encoder of a model: needed to retrieve, absent from its state dict.
+    """The bank, the key and the text encoder of a model: needed to retrieve, absent from its state dict."""
 
-    Args:
-        key: pools a query.
-    """
-
-    def __init__(self, key: nn.Module) -> None:
+    def __init__(self) -> None:
         self.memory = Shared()
-        self.key = key
+        self.key: nn.Module | None = None
         self.text_encoder: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Beside:
-        twin = Beside(copy.deepcopy(self.key, memo))
+        twin = Beside()
+        twin.key = copy.deepcopy(self.key, memo)
         twin.memory = copy.deepcopy(self.memory, memo)
         twin.text_encoder = copy.deepcopy(self.text_encoder, memo)
         return twin

@@ -32,8 +32,8 @@ class TinyAlignConfig(PreTrainedConfig):  # type: ignore[misc]
         retrieval_seed: what the control arms draw from.
         connector_seed: what new connectors are drawn from.
         memory_path: the bank's folder, relative to the checkpoint.
-        key_settings: what the query's key is made with (`AttentionPooledKey`'s arguments); None for a key of another
-            class, which is then passed to ``from_pretrained``.
+        key_settings: what the query's key is made with (`AttentionPooledKey`'s arguments); of a key of another class
+            the name, and the key itself is passed to ``from_pretrained`` again.
         image_token_id: marks image positions in `input_ids`; negative, so that it is no vocabulary id.
         format_number: version of this layout on disk.
 

@@ -30,11 +30,27 @@ def latent_sizes(memory: MemoryBank | None, compressor: Any) -> tuple[int, int] 
     return held
 
 
-def settings_of(key: nn.Module) -> dict[str, Any] | None:
-    """What rebuilds the paper's key; None for a key of another class."""
+def settings_of(key: nn.Module) -> dict[str, Any]:
+    """What rebuilds the paper's key; of a key of another class the name alone."""
     if isinstance(key, AttentionPooledKey):
         return {"alpha": key.alpha, "scale": key.scale, "balance": key.balance}
-    return None
+    return {"class": type(key).__name__}
+
+
+def key_from(settings: dict[str, Any] | None, given: nn.Module | None) -> nn.Module:
+    """Return the key that a checkpoint speaks of: the given one, or the paper's with the saved settings.
+
+    Raises:
+        ValueError: a key of another class that is not given.
+    """
+    if given is not None:
+        return given
+    if settings and "class" in settings:
+        raise ValueError(
+            f"TinyAlignVLM.from_pretrained: key must be given for a checkpoint with a key of its own, got None where "
+            f"{settings['class']!r} was used. Pass key= as it was when the bank was built."
+        )
+    return AttentionPooledKey(**(settings or {}))
 
 
 def check_memory(memory: MemoryBank, config: Any, encoder: PairEncoder) -> None:

@@ -18,7 +18,7 @@ from tinyalign.models.configuration import TinyAlignConfig, check_arm
 from tinyalign.models.language import check_keywords, continue_language, read_language, write_language
 from tinyalign.models.outputs import TinyAlignOutput
 from tinyalign.models.pair_encoder import PairEncoder
-from tinyalign.models.parts import check_memory, latent_sizes, settings_of
+from tinyalign.models.parts import check_memory, key_from, latent_sizes, settings_of
 from tinyalign.models.vision import VisionFeatures, vision_half
 
 _STAGES = ("pretrain", "instruct")
@@ -107,7 +107,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 shape = (config.num_neighbours, config.num_latents, config.latent_dim)
                 self.prompt_latents = nn.Parameter(torch.randn(shape, dtype=torch.float32))
         # Beside the weights, not among them: the bank, and what a query is made with.
-        self._beside = Beside(key=AttentionPooledKey(**(config.key_settings or {})))
+        self._beside = Beside()
         self.post_init()
         self.freeze_for("pretrain")
 
@@ -177,7 +177,8 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @property
     def query_encoder(self) -> PairEncoder:
         """What makes queries: the model's own tower and key."""
-        return PairEncoder(self.vision, None, self._beside.key, text_encoder=self._beside.text_encoder)
+        key = key_from(self.config.key_settings, self._beside.key)
+        return PairEncoder(self.vision, None, key, text_encoder=self._beside.text_encoder)
 
     @property
     def memory(self) -> MemoryBank | None:
@@ -386,10 +387,11 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         checkpoint.check_complete(info, pretrained_model_name_or_path)
-        model._beside.key = beside["key"] or model._beside.key
+        model._beside.key = key_from(model.config.key_settings, beside["key"])
         model._beside.text_encoder = beside["text_encoder"]
         if getattr(model, "generation_config", None) is not None:
             model.language_model.generation_config = model.generation_config
-        model.memory = beside["memory"] or checkpoint.find_memory(model, pretrained_model_name_or_path)
+        memory = beside["memory"]
+        model.memory = checkpoint.find_memory(model, pretrained_model_name_or_path) if memory is None else memory
         model.freeze_for("pretrain")  # loading sets every parameter to train
         return (model, info) if with_info else model  # type: ignore[return-value]
