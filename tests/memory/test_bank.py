@@ -220,6 +220,28 @@ def test_merge_keeps_order_and_refuses_strangers(random_bank):
         MemoryBank.merge([one, random_bank(2, start=900, fingerprint={"key.a": 1})])
 
 
+def test_numpy_arrays_are_taken_too():
+    bank = MemoryBank(4, (2, 3))
+    ids = bank.add(torch.eye(4).numpy(), torch.ones(4, 2, 3).numpy(), ids=torch.arange(4).numpy())
+    assert bank.neighbours(torch.eye(4).numpy()[::2], 1).ids.tolist() == [[0], [2]]
+    assert bank.gather(ids.numpy())[0].shape == (4, 2, 3)
+    assert bank.path is None
+
+
+def test_merge_of_int8_banks_of_which_some_share_a_center(random_bank):
+    one, two, three = (random_bank(10, seed=s, start=100 * s, value_dtype=torch.int8) for s in (1, 2, 3))
+    same = MemoryBank(8, (2, 3), value_dtype=torch.int8)
+    same._contents.codec.center = one._contents.codec.center.clone()
+    same.add(three.keys(), three.gather(three.ids)[0], ids=three.ids)
+    joined = MemoryBank.merge([one, two, same])
+    assert joined.ids.tolist() == [*one.ids.tolist(), *two.ids.tolist(), *three.ids.tolist()]
+    for bank in (one, two, same):
+        torch.testing.assert_close(joined.gather(bank.ids)[0], bank.gather(bank.ids)[0], atol=0.05, rtol=0)
+    assert 205 in joined
+    joined.remove([205])
+    assert 205 not in joined
+
+
 def test_merge_of_int8_banks_with_centers_of_their_own(random_bank):
     one, two = (random_bank(10, seed=s, start=100 * s, value_dtype=torch.int8) for s in (1, 2))
     joined = MemoryBank.merge([one, two])

@@ -108,6 +108,25 @@ def test_int8_is_quantised_around_the_mean_of_all(tmp_path, expected):
     torch.testing.assert_close(MemoryBank.load(tmp_path / "b")[999].value, floats[0], atol=0.1, rtol=0)
 
 
+def test_a_kill_at_the_last_moment_encodes_nothing_again(tmp_path, expected, monkeypatch):
+    from tinyalign.memory import saving
+
+    save_all = saving.save_all
+
+    def killed(contents, fingerprint, path, *args, **options):
+        if path.name == "bank":
+            raise KeyboardInterrupt
+        return save_all(contents, fingerprint, path, *args, **options)
+
+    monkeypatch.setattr(saving, "save_all", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), encode, tmp_path / "bank", batch_size=8, progress=False)
+    monkeypatch.undo()
+    again = Encoder()
+    same(build_memory_bank(range(50), again, tmp_path / "bank", batch_size=8, progress=False), expected)
+    assert again.seen == []
+
+
 def test_a_bad_record_is_named(tmp_path):
     with pytest.raises(
         BankError, match=r"record 13 must be readable and encodable, got ValueError: cannot read \[13\]"
@@ -122,16 +141,16 @@ def test_bad_records_are_skipped_when_asked_and_listed(tmp_path):
             return 20
 
         def __getitem__(self, index):
-            if index == 4:
+            if index in (4, 16, 17, 18, 19):  # one of a batch, and a whole batch
                 raise OSError("cut off image")
             return index
 
     bank = build_memory_bank(
         Records(), Encoder(bad=[13, 14]), tmp_path / "b", batch_size=4, on_error="skip", progress=False
     )
-    assert bank.ids.tolist() == [10 + r for r in range(20) if r not in (4, 13, 14)]
+    assert bank.ids.tolist() == [10 + r for r in range(16) if r not in (4, 13, 14)]
     found = skipped_records(tmp_path / "b")
-    assert [each.record for each in found] == [4, 13, 14]
+    assert [each.record for each in found] == [4, 13, 14, 16, 17, 18, 19]
     assert found[0].error == "OSError: cut off image"
     with pytest.raises(BankError, match="record 4 must be readable and encodable, got OSError: cut off image"):
         build_memory_bank(Records(), encode, tmp_path / "c", batch_size=4, progress=False)

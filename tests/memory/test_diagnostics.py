@@ -61,6 +61,10 @@ def test_hubs():
     assert hub.skewness > 10
     assert hub.top_share == 1.0
     assert hub.never_retrieved == pytest.approx(200 / 201)
+    few = MemoryBank(2, (1,), metric="ip")
+    few.add(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [0.1, 1.0]]), torch.ones(4, 1))
+    shunned = hub_report(few, torch.tensor([[1.0, 0.0]] * 9), k=3)  # counts 9, 9, 9, 0
+    assert shunned.skewness == pytest.approx(-2 / 3**0.5)
     with pytest.raises(ValueError, match="queries must hold at least one row, got 0"):
         hub_report(bank, keys[:0])
 

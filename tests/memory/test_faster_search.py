@@ -53,6 +53,7 @@ def test_certified_equals_exact(kind, num, metric):
     queries = torch.cat([keys[:3], torch.randn(4, 24)])
     for k in (0, 1, 5, 100):
         agree(bank, queries, k)
+    assert bank.neighbours(queries[:0], 3, method="certified").ids.shape == (0, 3)
     agree(bank, queries, 4, exclude_ids=[list(range(r, min(num, r + 90))) for r in range(7)][: len(queries)])
 
 
@@ -118,6 +119,7 @@ def test_approximate_search(factory):
     assert share >= (1.0 if factory == "Flat" else 0.9)
     scores = torch.einsum("bkd,bd->bk", bank.keys(found.ids.flatten()).reshape(25, 5, 16), bank.keys(range(5, 30)))
     torch.testing.assert_close(found.scores, scores, atol=2e-3, rtol=0)  # re-ranked by the stored keys
+    assert bank.neighbours(queries[:0], 3, method="approximate").ids.shape == (0, 3)
     recall = bank.recall(queries, 5)
     assert 0.9 <= recall <= 1.0
     assert bank.recall(queries, 5, method="certified") == 1.0

@@ -48,6 +48,10 @@ def test_check_finds_none_for_the_same_encoder_and_drift_for_another():
     assert moved.value_largest == pytest.approx(1 / 2**0.5, rel=1e-3)  # the entry whose value is (1, 1)
     by_id = bank.check(made_by(0.0), n=5, records={100 + n: {"n": n} for n in range(20)})
     assert by_id.key_largest < 1e-6
+    one_moved = bank.check(made_by(0.0), n=100, records=lambda entry: {"n": entry - 100 + 3 * (entry == 107)})
+    assert one_moved.worst_id == 107
+    assert one_moved.key_largest > 0.1
+    assert one_moved.key_mean == pytest.approx(one_moved.key_largest / 20, rel=1e-3)
     by_call = bank.check(made_by(0.0), n=5, records=lambda entry: {"n": entry - 99})
     assert by_call.key_mean > 0.01
     assert by_call.worst_id in bank

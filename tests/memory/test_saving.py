@@ -218,6 +218,12 @@ def test_damage_after_loading_and_swapped_files_are_named(saved):
     with pytest.raises(BankCorruptedError, match=r"ids\.bin must have 12000 bytes, got 16"):
         MemoryBank.load(saved)
     (first / "ids.bin").write_bytes(swapped[0])
+    with open(first / "values.bin", "ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(BankCorruptedError, match=r"values\.bin: 3072004 bytes instead of 3072000"):
+        bank.verify()
+    (first / "values.bin").write_bytes(values)
+    assert bank.path == saved
     shutil.rmtree(second)
     with pytest.raises(BankCorruptedError, match=r"missing"):
         bank.verify()

@@ -145,6 +145,20 @@ def test_bad_fusion(keys, weights, message):
         concatenate_keys(keys, weights)
 
 
+def test_a_model_that_does_not_say_its_width_is_asked():
+    class Silent:
+        def eval(self):
+            return self
+
+        def get_sentence_embedding_dimension(self):
+            return None
+
+        def encode(self, inputs, **options):
+            return torch.ones(len(inputs), 7)
+
+    assert SentenceTransformerKey(Silent()).key_dim == 7
+
+
 def test_bad_input(folder):
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         SentenceTransformerKey(folder, batch_size=0)

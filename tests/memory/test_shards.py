@@ -72,16 +72,24 @@ sys.path.insert(0, sys.argv[1])
 from test_builder import encode
 from tinyalign.memory import BuildOptions, build_memory_bank
 options = BuildOptions(timeout=60.0)
-bank = build_memory_bank(range(50), encode, sys.argv[2], batch_size=3, progress=False, options=options)
+if sys.argv[3] == "group":
+    torch.distributed.init_process_group("gloo")
+build_memory_bank(
+    range(50), encode, sys.argv[2], batch_size=3, progress=False, options=options, resume=sys.argv[3] != "group"
+)
 """
 
 
 @pytest.mark.slow
-def test_under_torchrun(tmp_path):
+@pytest.mark.parametrize("group", ["group", "alone"])
+def test_under_torchrun(tmp_path, group):
+    if group == "group":  # what a killed build of another plan would leave
+        (tmp_path / ".bank.build").mkdir()
+        (tmp_path / ".bank.build" / "shard-00000-of-00002.done.json").write_text('{"plan": {}, "skipped": []}')
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    arguments = [str(script), str(Path(__file__).parent), str(tmp_path / "bank")]
+    arguments = [str(script), str(Path(__file__).parent), str(tmp_path / "bank"), group]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert MemoryBank.load(tmp_path / "bank").ids.tolist() == list(range(10, 60))

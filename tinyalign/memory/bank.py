@@ -222,7 +222,8 @@ class MemoryBank:
         checked = retrieval.checked_queries(self._contents, queries, k)
         limits = Limits(exclude_ids, exclude_groups, where, max_score)
         top = retrieval.top_rows(self._contents, checked, int(k), limits, method)
-        return retrieval.as_neighbours(self._contents, top, queries.device)
+        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+        return retrieval.as_neighbours(self._contents, top, device)
 
     def build_index(self, factory: str, *, candidates: int = 0, parameters: Mapping[str, float] | None = None) -> None:
         """Build a faiss index over the entries for ``method="approximate"``; it holds until entries change.

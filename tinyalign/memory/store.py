@@ -8,7 +8,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,8 +228,3 @@ def damage(directory: Path, manifest: Manifest) -> list[str]:
             path = directory / SEGMENTS / segment.name / name
             found += [f"{path.relative_to(directory)}: {problem}" for problem in bad_blocks(path, entry)]
     return found
-
-
-def next_generation(manifest: Manifest | None, fresh: Manifest) -> Manifest:
-    """Number a manifest after the one it replaces."""
-    return replace(fresh, generation=manifest.generation + 1 if manifest else 1)
