@@ -187,6 +187,7 @@ def test_auto_corrects_neighbours_where_no_copula_fits(shape: str) -> None:
         truth = 0.1 - np.log(0.2)
     result = mutual_information(x, y)
     assert result.method == "surrogate"
+    assert result.warned("bias")
     assert result.value == pytest.approx(truth, abs=0.06)
     assert result.low < truth < result.high
     assert abs(result.candidates["copula"] - truth) > 0.2

@@ -143,17 +143,17 @@ def test_monte_carlo_sums_tokens_of_a_sequence() -> None:
 
 @pytest.mark.parametrize(("width", "shift", "scale"), [(1, 1.0, 1.0), (3, 0.5, 1.3), (20, 0.2, 1.2)])
 def test_samples_of_normals_are_within_five_hundredths(width: int, shift: float, scale: float) -> None:
-    """Mean of four: the floor set by the sample itself is near 0.03 each at 20 dimensions."""
+    """Mean of three: the floor set by the sample itself is near 0.04 each at 20 dimensions."""
     truth = width * (np.log(scale) + (1 + shift**2) / (2 * scale**2) - 0.5)
     values, covered, plain = [], 0, []
-    for seed in range(4):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
-        result = kl_from_samples(rng.normal(size=(4000, width)), scale * rng.normal(size=(4000, width)) + shift)
+        result = kl_from_samples(rng.normal(size=(2500, width)), scale * rng.normal(size=(2500, width)) + shift)
         values.append(result.value)
         plain.append(result.candidates["knn"])
         covered += result.low <= truth <= result.high
     assert np.mean(values) == pytest.approx(truth, abs=0.05)
-    assert covered >= 3
+    assert covered >= 2
     if width == 20:
         assert abs(np.mean(plain) - truth) > 0.3
 

@@ -40,7 +40,6 @@ _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two di
 _REJECT = 3.0  # standard errors of the divergence
 _NOISE = {2: 0.005}  # nats by which k = 4 and 16 differ without bias at a few thousand samples
 _NOISE_ELSEWHERE = 0.015
-_EDGE = 0.008  # nats by which k = 16 falls below k = 4 before edges are warned of
 # Neighbouring samples share neighbours, so the mean of their terms varies more than if they were independent.
 _SHARED = 1.3
 # Bias of KSG on a bivariate normal of information I at n samples: slope * I * (5000 / n)^power, fitted to simulations
@@ -277,11 +276,11 @@ def _corrected(
 
     error, quantile = subset_interval(part, n, _KS[0], level)
     half = quantile * error + 0.5 * abs(float(gap))
-    if abs(shift) > max(1.5 * error, 0.02) or gap > _EDGE:
-        warnings += (
-            f"bias: nearest neighbours needed a correction of {shift:+.3f} nats for dimension or thin structure; the "
-            "interval does not hold what the correction missed",
-        )
+    doubt = max(abs(float(gap)), abs(shift))
+    warnings += (
+        f"bias: no elliptical copula fits, so nearest neighbours were used, corrected by {shift:+.3f} nats; a bias of up "
+        f"to about {doubt:.3f} nats is only partly in the interval",
+    )
     dimensions = (law.split, len(law.correlation) - law.split)
     if small is not law:
         warnings += (
