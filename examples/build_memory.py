@@ -96,6 +96,7 @@ def train_compressor(encode: SampleEncoder, samples: list, args: argparse.Namesp
 
 def main() -> None:
     args = parse()
+    processes = PartialState(cpu=args.device == "cpu")
     dataset = LlavaDataset(args.data, args.images)
     samples = [sample for sample in dataset if sample.images]
     print(f"{len(samples)} records with an image, {len(dataset) - len(samples)} without are left out")
@@ -116,20 +117,20 @@ def main() -> None:
     encode = SampleEncoder(encoder, AutoImageProcessor.from_pretrained(args.vision), tokenizer)
 
     saved = args.output / "compressor"
-    with PartialState().main_process_first():  # under torchrun one process trains it, and the others read it
+    with processes.main_process_first():  # under torchrun one process trains it, and the others read it
         if args.compressor is None and saved.exists():
             print(f"going on with the compressor in {saved}")
             encoder.compressor = PerceiverCompressor.from_pretrained(saved).to(args.device)
         else:
             if args.compressor is None:
                 train_compressor(encode, samples, args)
-            if PartialState().is_main_process:
+            if processes.is_main_process:
                 encoder.compressor.save_pretrained(saved)
 
     bank = build_memory_bank(
         samples, encode, args.output / "bank", batch_size=args.batch_size, fingerprint=encode.fingerprint()
     )
-    if not PartialState().is_main_process:
+    if not processes.is_main_process:
         return
     settings = {"vision": str(args.vision), "vision_layer": args.vision_layer, "alpha": args.alpha}
     (args.output / "memory.json").write_text(json.dumps(settings, indent=2))

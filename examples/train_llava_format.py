@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from tinyalign.data import ChatRenderer, DigitScenes, LlavaCollator, LlavaDataset, PlainRenderer, Sample, write_llava
@@ -185,21 +184,6 @@ def main() -> None:
     if args.checkpointing:
         model.gradient_checkpointing_enable()
 
-    train = LlavaDataset(args.data, args.images)
-    held_out = None if args.eval_data is None else LlavaDataset(args.eval_data, args.images)
-    limit = model.config.text_config.max_position_embeddings
-    length = min(args.max_length or limit, limit)
-    renderer = (ChatRenderer if args.prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
-    collators = {}
-    for name, samples in (("train", train), ("eval", held_out)):
-        if samples is not None:
-            precomputed = args.retrieval == "bank"
-            path = args.output / f"neighbours-{name}"
-            with PartialState().main_process_first():  # one process searches, the others read its table
-                extra = Neighbours(model, processor, samples, path) if precomputed else None
-            collators[name] = LlavaCollator(processor, renderer=renderer, max_length=length, extra=extra)
-    print(f"of the first samples, {collators['train'].measure(train[:256])}")
-
     arguments = TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -219,8 +203,25 @@ def main() -> None:
         remove_unused_columns=False,
         prediction_loss_only=True,
         report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
         seed=args.seed,
     )
+
+    train = LlavaDataset(args.data, args.images)
+    held_out = None if args.eval_data is None else LlavaDataset(args.eval_data, args.images)
+    limit = model.config.text_config.max_position_embeddings
+    length = min(args.max_length or limit, limit)
+    renderer = (ChatRenderer if args.prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
+    collators = {}
+    for name, samples in (("train", train), ("eval", held_out)):
+        if samples is not None:
+            precomputed = args.retrieval == "bank"
+            path = args.output / f"neighbours-{name}"
+            with arguments.main_process_first(local=False):  # one process searches, the others read its table
+                extra = Neighbours(model, processor, samples, path) if precomputed else None
+            collators[name] = LlavaCollator(processor, renderer=renderer, max_length=length, extra=extra)
+    print(f"of the first samples, {collators['train'].measure(train[:256])}")
+
     trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=collators["train"])
 
     def evaluate() -> float | None:
