@@ -51,14 +51,14 @@ def student(n: int, freedom: float, left: int, right: int, seed: int) -> tuple[n
 
 @pytest.mark.parametrize("width", [1, 2, 5, 14])
 def test_neighbours_and_counts_equal_the_full_matrix(width: int) -> None:
-    points = np.random.default_rng(0).normal(size=(120, width)).astype(np.float32).astype(np.float64)
+    points = np.random.default_rng(0).normal(size=(300, width)).astype(np.float32).astype(np.float64)
     matrix = np.abs(points[:, None] - points[None]).max(axis=2)
-    others = np.sort(np.where(np.eye(120, dtype=bool), np.inf, matrix), axis=1)
+    others = np.sort(np.where(np.eye(300, dtype=bool), np.inf, matrix), axis=1)
     np.testing.assert_allclose(kth_distance(points, 3), others[:, 2], rtol=1e-6)
     radius = np.quantile(others[:, :-1], 0.1, axis=1)
     expected = (matrix < radius[:, None]).sum(1) - 1
     np.testing.assert_array_equal(count_within(points, radius), expected)
-    np.testing.assert_array_equal(count_within(points, radius[::7], rows=np.arange(0, 120, 7)), expected[::7])
+    np.testing.assert_array_equal(count_within(points, radius[::7], rows=np.arange(0, 300, 7)), expected[::7])
     queries = np.random.default_rng(1).normal(size=(9, width)).astype(np.float32).astype(np.float64)
     direct = np.sort(np.abs(queries[:, None] - points[None]).max(axis=2), axis=1)[:, 1]
     np.testing.assert_allclose(kth_distance(points, 2, queries), direct, rtol=1e-6)
@@ -94,6 +94,27 @@ def test_ksg_equals_its_formula_point_by_point(variant: int) -> None:
             total += digamma(k) - 1 / k - digamma(nx) - digamma(ny)
     expected = total / n + digamma(n)
     assert ksg(x, y, k=k, variant=variant, standardize=False).value == pytest.approx(expected, abs=1e-9)
+
+
+def test_conditional_and_labelled_neighbours_equal_their_formulas_point_by_point() -> None:
+    rng = np.random.default_rng(2)
+    x, y, z = (column / column.std() for column in rng.normal(size=(3, 50)) + rng.normal(size=50))
+    x, y, z = x - x.mean(), y - y.mean(), z - z.mean()
+    dx, dy, dz = (np.abs(column[:, None] - column) for column in (x, y, z))
+    joint = np.maximum(np.maximum(dx, dy), dz)
+    k, total = 4, 0.0
+    for i in range(50):
+        radius = np.sort(joint[i])[k]
+        counts = [(d[i] < radius).sum() for d in (np.maximum(dx, dz), np.maximum(dy, dz), dz)]
+        total += digamma(k) - digamma(counts[0]) - digamma(counts[1]) + digamma(counts[2])
+    assert conditional_ksg(x, y, z, k=k).value == pytest.approx(total / 50, abs=1e-9)
+
+    labels, total = rng.integers(0, 3, 50), 0.0
+    for i in range(50):
+        own = np.sort(dx[i][labels == labels[i]])
+        radius = own[k]
+        total += digamma(50) + digamma(k) - digamma(len(own)) - digamma((dx[i] < radius).sum())
+    assert ross(x, labels, k=k).value == pytest.approx(total / 50, abs=1e-9)
 
 
 def test_gaussian_copula_has_no_bias_in_many_dimensions() -> None:

@@ -278,8 +278,8 @@ def _corrected(
     half = quantile * error + 0.5 * abs(float(gap))
     doubt = max(abs(float(gap)), abs(shift))
     warnings += (
-        f"bias: no elliptical copula fits, so nearest neighbours were used, corrected by {shift:+.3f} nats; a bias of up "
-        f"to about {doubt:.3f} nats is only partly in the interval",
+        f"bias: no elliptical copula fits, so nearest neighbours were used, corrected by {shift:+.3f} nats; a bias "
+        f"of up to about {doubt:.3f} nats is only partly in the interval",
     )
     dimensions = (law.split, len(law.correlation) - law.split)
     if small is not law:
