@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyalign.models import VisionFeatures
 from tinyalign.perceiver import (
     CompressorDiagnostics,
     CompressorRecord,
@@ -82,19 +83,18 @@ class PrincipalComponents:
 
 
 class VisionTower:
-    """Hidden states of the layer before the last of a tower saved by transformers."""
+    """Patch features of a tower saved by transformers, from the layer before the last."""
 
     def __init__(self, folder: str) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
         self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        self.tower = getattr(model, "vision_model", model)
+        self.tower = VisionFeatures(AutoModel.from_pretrained(folder, local_files_only=True)).requires_grad_(False)
 
     def __call__(self, path: Path) -> Tensor:
-        with Image.open(path) as image, torch.no_grad():
+        with Image.open(path) as image:
             inputs = self.processor(images=image.convert("RGB"), return_tensors="pt")
-            return self.tower(**inputs, output_hidden_states=True).hidden_states[-2][0]
+        return self.tower(inputs["pixel_values"])[0]
 
 
 def train(
