@@ -290,9 +290,9 @@ def test_attached_retrieval_is_as_if_it_were_words(name: str) -> None:
         expected = bare(**words).logits
     keep = spliced["attention_mask"].bool()
     torch.testing.assert_close(found[keep][:, columns], expected[keep][:, columns], rtol=2e-4, atol=2e-4)
-    other, _ = latents()
+    other = values.flip(0)  # the other row's
     with torch.no_grad():
-        moved = aligned(**spliced, retrieved=(other + 1.0, mask)).logits
+        moved = aligned(**spliced, retrieved=(other, mask)).logits
     assert (moved[keep] - found[keep]).abs().max() > 1e-2  # the latents matter
     # off, and detached: the untouched model to the bit
     with torch.no_grad():
