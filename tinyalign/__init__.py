@@ -11,7 +11,28 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBMODULE_OF: dict[str, str] = {}
+_PUBLIC = {
+    "connectors": ("MLPConnector", "RAGConnector"),
+    "memory": ("AttentionPooledKey", "MemoryBank", "build_memory_bank", "leakage_report", "precompute_neighbours"),
+    "perceiver": ("PerceiverCompressor", "PerceiverEncoder", "PerceiverPretrainer", "attend"),
+    "models": (
+        "PairEncoder",
+        "TinyAlignConfig",
+        "TinyAlignProcessor",
+        "TinyAlignVLM",
+        "attach_memory",
+        "splice_tokens",
+    ),
+    "theory": (
+        "collect_nll",
+        "conditional_v_information",
+        "delta_emi",
+        "effective_mutual_information",
+        "v_information",
+    ),
+    "data": ("DigitScenes", "LlavaCollator", "LlavaDataset"),
+}
+_SUBMODULE_OF = {name: f"{__name__}.{package}" for package, names in _PUBLIC.items() for name in names}
 
 __all__ = ["__version__", *_SUBMODULE_OF]
 

@@ -207,10 +207,10 @@ def _texts(
         )
     width = max(len(prompt) + len(answer) for prompt, answer in encoded)
     ids, labels = torch.zeros(rows, width, dtype=torch.long), torch.full((rows, width), -100)
-    for row, (prompt, answer) in enumerate(encoded):
-        stop = len(prompt) + len(answer)
-        ids[row, :stop] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : stop] = torch.tensor(answer)
+    for row, (asking, answering) in enumerate(encoded):
+        stop = len(asking) + len(answering)
+        ids[row, :stop] = torch.tensor(asking + answering)
+        labels[row, len(asking) : stop] = torch.tensor(answering)
     return ids, labels
 
 

@@ -1,0 +1,92 @@
+"""RAGConnector against a loop over items, and what it does with items that were not found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyalign.connectors import RAGConnector
+
+
+def normalised(latent: torch.Tensor) -> torch.Tensor:
+    return (latent - latent.mean()) / (latent.var(unbiased=False) + 1e-5).sqrt()
+
+
+@settings(max_examples=25, deadline=None)
+@given(B=st.integers(1, 3), K=st.integers(1, 4), L=st.integers(1, 3), data=st.data())
+def test_equals_a_loop_over_rows_items_and_latents(B, K, L, data):
+    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=K, max_size=K), min_size=B, max_size=B)))
+    connector = RAGConnector(6, 8, num_ranks=K, gate=True)
+    with torch.no_grad():
+        connector.rank.normal_()
+        connector.gate.normal_()
+    latents, scores = torch.randn(B, K, L, 6), torch.randn(B, K)
+    tokens, keep = connector(latents, mask, scores)
+    assert tokens.shape == (B, connector.tokens_for(K, L), 8)
+    for b in range(B):
+        for k in range(K):
+            for j in range(L):
+                place = k * L + j
+                assert bool(keep[b, place]) == bool(mask[b, k])
+                expected = torch.zeros(8)
+                if mask[b, k]:
+                    weight = 2 / (1 + torch.exp(-(connector.gate[0] * scores[b, k] + connector.gate[1])))
+                    expected = weight * connector.mlp(normalised(latents[b, k, j]) + connector.rank[k])
+                torch.testing.assert_close(tokens[b, place], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_equals_softmax_over_found_latents():
+    connector = RAGConnector(6, 8, num_tokens=3)
+    latents, mask = torch.randn(2, 4, 2, 6), torch.tensor([[True, False, True, False], [False] * 4])
+    tokens, keep = connector(latents, mask)
+    pool = connector.pool
+    found = torch.stack([normalised(latent) for k in (0, 2) for latent in latents[0, k]])
+    normed = pool.norm(found)
+    attention = torch.softmax(pool.queries @ pool.key(normed).T / 6**0.5, dim=-1)
+    torch.testing.assert_close(tokens[0], connector.mlp(attention @ pool.value(normed)), rtol=1e-4, atol=1e-5)
+    assert keep.tolist() == [[True] * 3, [False] * 3]
+    assert not tokens[1].any()
+
+
+def test_gate_and_rank_start_as_if_absent():
+    torch.manual_seed(1)
+    plain = RAGConnector(6, 8)
+    full = RAGConnector(6, 8, gate=True, num_ranks=5)
+    full.load_state_dict(plain.state_dict(), strict=False)
+    latents, scores = torch.randn(2, 5, 3, 6), torch.randn(2, 5)
+    torch.testing.assert_close(full(latents, None, scores).tokens, plain(latents).tokens)
+
+
+def test_what_was_not_found_may_be_nan():
+    connector = RAGConnector(6, 8, num_tokens=2, gate=True)
+    latents, scores = torch.randn(1, 2, 3, 6), torch.rand(1, 2)
+    latents[0, 1], scores[0, 1] = float("nan"), float("nan")
+    tokens, _ = connector(latents, torch.tensor([[True, False]]), scores)
+    assert torch.isfinite(tokens).all()
+    tokens.sum().backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in connector.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call", "error", "said"),
+    [
+        ({}, (torch.zeros(2, 3, 6),), ValueError, r"\(B, K, L, latent_dim\) with last size 6, got \(2, 3, 6\)"),
+        ({}, (torch.zeros(2, 3, 4, 7),), ValueError, r"last size 6, got \(2, 3, 4, 7\)"),
+        ({}, (torch.zeros(2, 3, 4, 6), torch.ones(2, 3)), TypeError, "mask must be boolean .*got torch.float32"),
+        ({}, (torch.zeros(2, 3, 4, 6), torch.ones(2, 4).bool()), ValueError, r"shape \(2, 3\), got \(2, 4\)"),
+        ({"num_ranks": 2}, (torch.zeros(2, 3, 4, 6),), ValueError, "at most num_ranks=2 items, got 3"),
+        ({"gate": True}, (torch.zeros(2, 3, 4, 6),), ValueError, "for a gated connector, got None"),
+        ({"gate": True}, (torch.zeros(2, 3, 4, 6), None, torch.ones(2, 1)), ValueError, r"got \(2, 1\)"),
+    ],
+)
+def test_bad_input_is_named(arguments, call, error, said):
+    with pytest.raises(error, match=said):
+        RAGConnector(6, 8, **arguments)(*call)
+
+
+@pytest.mark.parametrize("arguments", [{"num_tokens": 0}, {"num_ranks": -1}])
+def test_sizes_are_positive(arguments):
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        RAGConnector(6, 8, **arguments)
