@@ -111,6 +111,10 @@ def test_a_writer_that_fell_behind_is_refused(random_bank, tmp_path):
     shutil.rmtree(path)
     one.remove([102])
     path.mkdir()
+    path.rmdir()
+    with pytest.raises(BankError, match="must be there, got no such directory"):
+        one.commit()
+    path.mkdir()
     with pytest.raises(StaleBankError, match="got no bank"):
         one.commit()
 

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyalign.memory import retrieval, saving
+from tinyalign.memory import copying, retrieval, saving
 from tinyalign.memory.approximate import FaissIndex
-from tinyalign.memory.codec import dtype_name
-from tinyalign.memory.contents import BankSpec, Contents
+from tinyalign.memory.contents import Contents, spec_for
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
 from tinyalign.memory.refresh import DriftReport, Encode, Records, check_bank, refresh_bank
@@ -63,11 +62,7 @@ class MemoryBank:
         fingerprint: Mapping[str, Any] | None = None,
         transform: KeyTransform | None = None,
     ) -> None:
-        if transform is not None and transform.input_dim != key_dim:
-            found = transform.input_dim
-            raise ValueError(f"MemoryBank: transform must take keys of width {key_dim}, got {found}. Fit it to those.")
-        width = int(key_dim) if transform is None else transform.output_dim
-        spec = BankSpec(width, tuple(int(size) for size in value_shape), metric, key_dtype, value_dtype)
+        spec = spec_for(key_dim, value_shape, metric, key_dtype, value_dtype, transform)
         self._contents = Contents(spec, transform=transform)
         self._home: saving.Home | None = None
         self.fingerprint: Fingerprint = checked_fingerprint(fingerprint, "MemoryBank")
@@ -81,10 +76,13 @@ class MemoryBank:
         return bool(self._contents.table.find(np.asarray([entry_id], dtype=np.int64))[0] >= 0)
 
     def __repr__(self) -> str:
-        return (
-            f"MemoryBank({len(self)} entries, key_dim={self.key_dim}, value_shape={self.value_shape}, "
-            f"metric={self.metric!r}, {dtype_name(self.value_dtype)} values, generation {self.generation})"
-        )
+        return f"MemoryBank({len(self)} entries, {self._contents.spec.describe()}, generation {self.generation})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
+        return _bank_of(copying.copied(self._contents, self.fingerprint, self._home))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copying.reduced(_restore, self._contents, self.fingerprint, self._home)
 
     @property
     def key_dim(self) -> int:
@@ -359,11 +357,7 @@ class MemoryBank:
         return self.generation
 
     def verify(self) -> VerifyReport:
-        """Read every file of the saved generation and compare it with its checksums.
-
-        Raises:
-            BankCorruptedError: naming each file that is missing, cut, damaged or swapped.
-        """
+        """Read every file of the generation and compare its checksums; ``BankCorruptedError`` names what differs."""
         return verified(self._saved("MemoryBank.verify"))
 
     def _saved(self, caller: str) -> saving.Home:
@@ -381,9 +375,7 @@ class MemoryBank:
         Raises:
             BankError: there is no bank, or (``BankCorruptedError``) a file is missing or has another size.
         """
-        bank = cls.__new__(cls)
-        bank._reopen(Path(path).absolute(), mapped=mmap, caller="MemoryBank.load")
-        return bank
+        return _bank_of(saving.load(Path(path).absolute(), mapped=mmap, caller="MemoryBank.load"))
 
     @classmethod
     def merge(cls, banks: Sequence[MemoryBank]) -> MemoryBank:
@@ -392,7 +384,15 @@ class MemoryBank:
         Raises:
             BankError: there are none, they were made differently, or an id is in two of them.
         """
-        joined = cls.__new__(cls)
-        joined._contents = saving.merged([(b._contents, b.fingerprint) for b in banks], "MemoryBank.merge")
-        joined.fingerprint, joined._home = dict(banks[0].fingerprint), None
-        return joined
+        joined = saving.merged([(b._contents, b.fingerprint) for b in banks], "MemoryBank.merge")
+        return _bank_of((joined, dict(banks[0].fingerprint), None))
+
+
+def _bank_of(parts: copying.Parts) -> MemoryBank:
+    bank = MemoryBank.__new__(MemoryBank)
+    bank._contents, bank.fingerprint, bank._home = parts
+    return bank
+
+
+def _restore(*state: Any) -> MemoryBank:
+    return _bank_of(copying.restored(*state))

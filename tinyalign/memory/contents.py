@@ -16,7 +16,7 @@ from tinyalign.memory import inputs
 from tinyalign.memory.approximate import FaissIndex
 from tinyalign.memory.blockfile import tensor_bytes
 from tinyalign.memory.certified import CertifiedSearch
-from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES, ValueCodec
+from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES, ValueCodec, dtype_name
 from tinyalign.memory.errors import UnknownIdError
 from tinyalign.memory.manifest import METRICS
 from tinyalign.memory.rows import RowTable
@@ -56,6 +56,11 @@ class BankSpec:
         """Numbers in one value."""
         return math.prod(self.value_shape)
 
+    def describe(self) -> str:
+        """Say it in a line."""
+        values = dtype_name(self.value_dtype)
+        return f"key_dim={self.key_dim}, value_shape={self.value_shape}, metric={self.metric!r}, {values} values"
+
     def empty(self) -> Columns:
         """Return columns without rows, as a template."""
         return Columns(
@@ -65,6 +70,22 @@ class BankSpec:
             groups=torch.empty(0, dtype=torch.int64),
             scales=torch.empty(0) if self.value_dtype == torch.int8 else None,
         )
+
+
+def spec_for(
+    key_dim: int,
+    value_shape: Sequence[int],
+    metric: str,
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    transform: KeyTransform | None,
+) -> BankSpec:
+    """Return the checked spec of a new bank; with a transform, keys are stored as wide as it makes them."""
+    if transform is not None and transform.input_dim != key_dim:
+        found = transform.input_dim
+        raise ValueError(f"MemoryBank: transform must take keys of width {key_dim}, got {found}. Fit it to those.")
+    width = int(key_dim) if transform is None else transform.output_dim
+    return BankSpec(width, tuple(int(size) for size in value_shape), metric, key_dtype, value_dtype)
 
 
 class Contents:

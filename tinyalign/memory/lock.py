@@ -20,6 +20,8 @@ def writer_lock(directory: Path, caller: str) -> Iterator[None]:
         import fcntl
     except ImportError as error:  # pragma: no cover
         raise BankError(f"{caller}: writing a bank needs Linux or macOS file locks, got {os.name!r}.") from error
+    if not directory.is_dir():
+        raise BankError(f"{caller}: {directory} must be there, got no such directory. Save the bank to another path.")
     path = directory / "lock"
     with open(path, "a+", encoding="utf-8") as stream:
         try:
