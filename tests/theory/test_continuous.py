@@ -19,7 +19,7 @@ from tinyalign.theory import (
 )
 from tinyalign.theory.continuous import _plane_bias
 from tinyalign.theory.copula import canonical_variates, fit_gaussian, fit_student, normal_scores
-from tinyalign.theory.ksg import ksg_local
+from tinyalign.theory.nearest import ksg_local
 from tinyalign.theory.neighbours import count_within, kth_distance
 
 
@@ -181,8 +181,11 @@ def test_auto_takes_the_copula_where_neighbours_agree_and_beats_them() -> None:
 def test_auto_undoes_a_rotation_of_skewed_columns() -> None:
     x, y, truth = gaussian(5000, [0.9, 0.7], 0, extra=4)
     x, y = (z * np.sqrt(np.abs(z)) for z in (x, y))
-    result = mutual_information(x @ rotation(6, 3), y @ rotation(6, 4))
+    x, y = x @ rotation(6, 3), y @ rotation(6, 4)
+    result = mutual_information(x, y)
     assert result.value == pytest.approx(truth, abs=0.06)
+    columns = fit_gaussian(normal_scores(np.hstack([x, y])), 6).information
+    assert result.candidates["copula"] > columns + 0.03
 
 
 def test_auto_sees_information_without_correlation() -> None:
@@ -293,6 +296,10 @@ def test_label_against_features(width: int, spread: float) -> None:
     assert mutual_information(labels, x).value == result.value
     if width == 64:
         assert result.candidates["ross"] < truth - 0.1
+        assert result.details["extrapolated"] > 0.005
+        best = max(value for name, value in result.candidates.items() if name not in ("ross", result.method))
+        assert result.value > best
+        assert result.value == pytest.approx(classifier_information(x, labels).samples.mean(), abs=1e-9)
 
 
 def test_ross_sees_classes_that_no_linear_boundary_parts() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from tinyalign.theory._input import as_labels, as_matrix, check_level
-from tinyalign.theory.entropy import discrete_entropy
+from tinyalign.theory.entropies import discrete_entropy
 from tinyalign.theory.estimate import Estimate
 
 __all__ = ["classifier_information"]

@@ -21,10 +21,10 @@ from tinyalign.theory.copula import (
     fit_student,
     normal_scores,
 )
-from tinyalign.theory.entropy import duplicate_warnings
+from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import information_interval
-from tinyalign.theory.ksg import ksg_local
+from tinyalign.theory.nearest import ksg_local
 from tinyalign.theory.neighbours import subset_interval
 
 __all__ = ["continuous_information"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 
 from tinyalign.theory._input import as_labels, as_numpy
-from tinyalign.theory.entropy import DISCRETE_METHODS, discrete_entropy, undersampling_warnings
+from tinyalign.theory.entropies import DISCRETE_METHODS, discrete_entropy, undersampling_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import information_interval
 

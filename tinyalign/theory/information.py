@@ -12,7 +12,7 @@ from tinyalign.theory.classifier import classifier_information
 from tinyalign.theory.continuous import continuous_information
 from tinyalign.theory.discrete import discrete_information
 from tinyalign.theory.estimate import Estimate
-from tinyalign.theory.ksg import conditional_ksg, ksg, mixed_ksg, paired, ross
+from tinyalign.theory.nearest import conditional_ksg, ksg, mixed_ksg, paired, ross
 
 __all__ = ["conditional_mutual_information", "mutual_information"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import digamma, ndtri
 
 from tinyalign.theory._input import as_matrix, check_level
-from tinyalign.theory.entropy import duplicate_warnings
+from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.neighbours import kth_distance, subset_interval
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial import cKDTree
-from sklearn.neighbors import KDTree
 
 __all__ = ["count_within", "kth_distance", "kth_distances", "subset_interval"]
 
@@ -43,7 +43,7 @@ def kth_distances(points: FloatArray, ks: list[int], queries: FloatArray | None 
     if width <= 2:
         return np.asarray(cKDTree(points).query(asked, [k + own for k in ks], p=np.inf)[0])
     if width <= _TREE_DIMENSIONS:
-        found = KDTree(points, metric="chebyshev", leaf_size=_LEAF).query(asked, max(ks) + own)[0]
+        found = _tree(points).query(asked, max(ks) + own)[0]
         return np.asarray(found[:, [k + own - 1 for k in ks]])
     columns = []
     for block in _distance_blocks(asked, points):
@@ -75,8 +75,7 @@ def count_within(
         return _line_counts(points[:, 0], asked[:, 0], radius, strict)
     if points.shape[1] <= _TREE_DIMENSIONS:
         reach = np.nextafter(radius, 0.0) if strict else radius
-        tree = KDTree(points, metric="chebyshev", leaf_size=_LEAF)
-        found = tree.query_radius(asked, reach, count_only=True)
+        found = _tree(points).query_radius(asked, reach, count_only=True)
         return np.maximum(np.asarray(found, dtype=np.int64) - 1, 0)
     counts = []
     limits = torch.from_numpy(np.ascontiguousarray(radius)).float()
@@ -85,6 +84,13 @@ def count_within(
         inside = block < limit if strict else block <= limit
         counts.append(inside.sum(dim=1).numpy())
     return np.maximum(np.concatenate(counts).astype(np.int64) - 1, 0)
+
+
+def _tree(points: FloatArray) -> Any:
+    """A tree that counts without listing; imported late, as scikit-learn writes to the environment."""
+    from sklearn.neighbors import KDTree
+
+    return KDTree(points, metric="chebyshev", leaf_size=_LEAF)
 
 
 def _line_distances(values: FloatArray, ks: list[int]) -> FloatArray:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinyalign.theory._input import as_numpy, check_level
 from tinyalign.theory.estimate import Estimate
-from tinyalign.theory.ksg import paired
+from tinyalign.theory.nearest import paired
 
 __all__ = ["BOUNDS", "JointCritic", "SeparableCritic", "club_upper_bound", "neural_information"]
 

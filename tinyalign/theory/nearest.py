@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import digamma
 
 from tinyalign.theory._input import as_labels, as_matrix, check_level
-from tinyalign.theory.entropy import duplicate_warnings
+from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.neighbours import count_within, kth_distance, kth_distances, subset_interval
 
