@@ -158,7 +158,7 @@ def test_kills_during_refresh(tmp_path):
     bank.save(path)
     begin = time.perf_counter()
     bank.refresh(made_by(0.0), batch_size=20, progress=False)
-    span = 4 * (time.perf_counter() - begin)
+    span = 2 * (time.perf_counter() - begin)
     turns = {}
     for seed in range(20):
         child = os.fork()
