@@ -6,6 +6,7 @@ scikit-learn comes with the package; ``pip install ennemi npeet-plus infomeasure
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py             # 20 laws, 5,000 samples, 3 draws each
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --coverage  # how often the 95 % intervals hold the truth
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part kl   # divergences from samples
+    OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part emi  # coverage of clustered delta EMI, 1,000 each
 
 A ratio is our mean absolute error over the smallest of the peers', for each law; below 1 is better than all of them.
 """
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import digamma, gammaln, ndtr
 
-from tinyalign.theory import kl_from_samples, mutual_information
+from tinyalign.theory import delta_emi, kl_from_samples, mutual_information
 
 Samples = tuple[np.ndarray, np.ndarray]
 N, DRAWS = 5000, 3
@@ -223,9 +224,37 @@ def divergences(draws: int) -> None:
         )
 
 
+def paired_differences(repetitions: int) -> None:
+    """Differences that share a part within each image, with skew and unequal numbers of questions."""
+    print(f"{repetitions} repetitions; share of 95 % intervals that hold the true difference, by method")
+    parts = {
+        "normal": lambda rng, n: rng.normal(0, 0.5, n),
+        "exponential": lambda rng, n: 0.5 * (rng.exponential(size=n) - 1),
+        "lognormal": lambda rng, n: 0.5 * (rng.lognormal(0, 0.8, n) - np.exp(0.32)),
+    }
+    for clusters in (30, 60, 150):
+        for name, shared in parts.items():
+            for ragged in (False, True):
+                held = dict.fromkeys(("bootstrap-t", "bca", "t"), 0)
+                for repetition in range(repetitions):
+                    rng = np.random.default_rng(repetition)
+                    sizes = rng.integers(1, 16, clusters) if ragged else np.full(clusters, 8)
+                    groups = np.repeat(np.arange(clusters), sizes)
+                    noise = rng.gumbel(size=len(groups)) - np.euler_gamma
+                    gain = 0.2 + shared(rng, clusters)[groups] + noise
+                    for method in held:
+                        result = delta_emi(gain, np.zeros_like(gain), groups, interval=method, draws=1000)
+                        held[method] += result.low <= 0.2 <= result.high
+                shares = "  ".join(f"{method} {count / repetitions:.3f}" for method, count in held.items())
+                print(
+                    f"{clusters} images, {name} part, {'1 to 15' if ragged else '8'} questions each: {shares}",
+                    flush=True,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("mi", "kl"), default="mi")
+    parser.add_argument("--part", choices=("mi", "kl", "emi"), default="mi")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--repetitions", type=int, default=200)
@@ -234,6 +263,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         if arguments.part == "kl":
             divergences(arguments.draws)
+        elif arguments.part == "emi":
+            paired_differences(max(arguments.repetitions, 1000))
         elif arguments.coverage:
             coverage(arguments.repetitions)
         else:
