@@ -6,8 +6,8 @@ import copy
 import importlib.util
 import json
 import shutil
-import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -285,6 +285,16 @@ def test_a_prompt_in_pieces_is_the_prompt() -> None:
     torch.testing.assert_close(rest.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
 
 
+def test_retrieval_positions_are_never_labels() -> None:
+    """Labels copied from the ids hold retrieval ids, which no vocabulary has."""
+    aligned, batch = prepared()
+    ids, given = batch["input_ids"], {**batch, "retrieved": F.latents()}
+    copied = ids.masked_fill(ids == F.IMAGE, -100)
+    named = copied.masked_fill(ids == aligned.rag_token_id, -100)
+    torch.testing.assert_close(aligned(**given, labels=copied).loss, aligned(**given, labels=named).loss)
+    assert (copied == aligned.rag_token_id).any()  # the caller's tensor is left as it was
+
+
 def test_a_copy_carries_its_own_branch() -> None:
     aligned, batch = prepared()
     values, mask = F.latents()
@@ -330,9 +340,10 @@ def test_a_query_of_ones_own_and_a_bank_that_does_not_fit_it() -> None:
         attach_memory(model, memory=bank, connector=RAGConnector(F.LATENT, F.WIDTH))
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    limit = timedelta(seconds=120)  # a rank that waits for ever fails instead
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     aligned, _ = prepared()
     parallel = DistributedDataParallel(aligned.train())
     for _ in range(2):
@@ -352,10 +363,7 @@ def _half(aligned: Any, rank: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     aligned, _ = prepared()
     halves = []
     for rank in range(2):

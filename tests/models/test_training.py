@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def test_a_batch_without_images_still_reaches_every_parameter(build: Any) -> Non
     assert all((grad == 0).all() for grad in found.values())  # it joins, and adds nothing
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     """One of two processes: rank 0 has the rows with images, rank 1 text alone."""
     import importlib.util
     from types import SimpleNamespace
@@ -170,7 +170,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
     builders = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builders)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    limit = timedelta(seconds=120)  # a rank that waits for ever fails instead
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     build = SimpleNamespace(row=builders.image_row, pad=builders.pad_rows)
     model = builders.make_model().train()
     parallel = DistributedDataParallel(model)
@@ -189,10 +190,7 @@ def _half(whole: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def test_two_processes_average_the_gradients_of_one(build: Any, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = build.model().train()
     halves = [grads(model, _half(batch(build), rank)) for rank in range(2)]
