@@ -576,6 +576,26 @@ def test_an_unknown_companion_is_refused() -> None:
         splice_rag(batch, 120, 2)
 
 
+def test_mllamas_mask_lets_retrieval_look_where_the_image_token_looks() -> None:
+    looks = torch.tensor([[[0], [1], [0]], [[0], [0], [1]]])[..., None]  # (B, S, images, tiles)
+    batch = {"input_ids": torch.tensor([[1, 100, 5], [1, 6, 100]]), "cross_attention_mask": looks}
+    spliced = splice_rag(batch, 120, 2, image_ids=[100])["cross_attention_mask"][..., 0, 0]
+    assert spliced.tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_towers_of_another_layout_are_refused() -> None:
+    from tinyalign.models.rag_query import _owners, _per_image
+
+    with pytest.raises(
+        ValueError, match=r"tower must give tokens that can be told apart by image, got \(2, 3, 4, 4\) for 2"
+    ):
+        _per_image(torch.zeros(2, 3, 4, 4), [4, 4], {})
+    with pytest.raises(
+        ValueError, match=r"placeholders must match the image tokens, got \[3\] placeholders for images of"
+    ):
+        _owners([3], [4])
+
+
 def test_companions_are_extended_by_name() -> None:
     batch = {
         "input_ids": torch.tensor([[1, 100, 100, 103, 5], [0, 0, 1, 6, 7]]),

@@ -136,9 +136,7 @@ def _per_image(features: Any, lengths: list[int], inputs: Mapping[str, Any]) -> 
     count = len(lengths)
     if isinstance(features, (list, tuple)) and len(features) == count:
         return [image.flatten(0, -2) for image in features]
-    if isinstance(features, Tensor):
-        if features.dim() == 4 and features.shape[0] == count:  # (n, C, H, W)
-            return list(features.flatten(2).transpose(1, 2))
+    if isinstance(features, Tensor) and features.dim() in (2, 3):
         if features.dim() == 3 and features.shape[0] == count:
             return list(features)
         if features.dim() == 3 and features.shape[0] % count == 0 and features.shape[0] > count:  # tiles of an image
