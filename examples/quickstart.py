@@ -44,10 +44,10 @@ from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_par
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import NLLTable, delta_emi, effective_mutual_information
 
-BANK, TRAIN, HELDOUT = 4000, 2000, 400  # scenes; no handwriting is shared between the three
+BANK, TRAIN, HELDOUT = 6000, 2000, 400  # scenes; no handwriting is shared between the three
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
-COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 400, 400, 200
+COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 600, 400, 200
 BATCH = 16
 RATE_1, RATE_2 = 2e-3, 5e-4
 ARMS = {"baseline": "off", "tinyalign": "bank", "shuffled": "shuffled", "prompt": "prompt", "self": "self"}

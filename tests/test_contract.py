@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,9 +70,6 @@ CASES = {
 }
 # Modules with tests of their own, and why the contract above does not fit them.
 ELSEWHERE = {
-    "KeyTransform": "fitted, without trained weights: tests/memory/test_transform.py",
-    "ResidentBank": "data, not weights: tests/memory/test_resident.py",
-    "SentenceTransformerKey": "wraps another library's model: tests/memory/test_sentence.py",
     "PerceiverPretrainer": "returns losses over a batch: tests/perceiver/test_contract.py",
     "PixelPerceiver": "pixels in, one kernel tested against another: tests/perceiver/test_contract.py",
     "FoldedPixelPerceiver": "a frozen copy of PixelPerceiver: tests/perceiver/test_pixels.py",
@@ -79,7 +77,6 @@ ELSEWHERE = {
     "VisionFeatures": "wraps a tower: tests/models/test_vision.py",
     "PairEncoder": "frozen parts together: tests/models/test_pair_encoder.py",
     "AttachedVLM": "wraps a user's model: tests/models/test_attach.py",
-    "TowerQuery": "wraps a user's tower: tests/models/test_attach.py",
     "NullInput": "a prompt for another model: tests/theory/test_collect.py",
     "JointCritic": "trained inside an estimator: tests/theory/test_neural.py",
     "SeparableCritic": "trained inside an estimator: tests/theory/test_neural.py",
@@ -103,10 +100,8 @@ def test_every_public_module_is_held_to_a_contract():
     public = set()
     for package in PACKAGES:
         module = importlib.import_module(f"tinyalign.{package}")
-        for name in module.__all__:
-            value = getattr(module, name)
-            if isinstance(value, type) and issubclass(value, nn.Module):
-                public.add(name)
+        values = {name: getattr(module, name) for name in module.__all__}
+        public |= {name for name, value in values.items() if isinstance(value, type) and issubclass(value, nn.Module)}
     assert public == {name.split()[0] for name in CASES} | ELSEWHERE.keys()
 
 
@@ -142,8 +137,10 @@ def test_gradients_reach_every_parameter(case):
     if not list(module.parameters()):
         pytest.skip("has no parameters")
     (first * torch.randn_like(first)).sum().backward()
-    without = [name for name, weight in module.named_parameters() if weight.grad is None or not weight.grad.any()]
-    assert not without
+    # A bias of attention keys shifts every logit of a query alike, and softmax does not see it.
+    unseen = {name for name, _ in module.named_parameters() if name.endswith("key.bias")}
+    without = {name for name, weight in module.named_parameters() if weight.grad is None or not weight.grad.any()}
+    assert without <= unseen
 
 
 def test_copies_compute_the_same_to_the_bit(case, tmp_path):
@@ -185,7 +182,7 @@ def test_compiles_in_one_graph(case):
 
 
 def test_constructors_stay_small(case):
-    import inspect
-
-    arguments = inspect.signature(type(case.build()).__init__).parameters
-    assert len(arguments) - 1 <= 8
+    # The Perceiver's sizes are Table 3's, one argument each.
+    limit = {"PerceiverEncoder": 10, "PerceiverCompressor": 9}
+    module = type(case.build())
+    assert len(inspect.signature(module.__init__).parameters) - 1 <= limit.get(module.__name__, 8)

@@ -38,12 +38,14 @@ def test_a_caption_names_every_digit_of_its_scene(num_digits):
 
 
 def test_the_colours_are_in_the_pixels():
-    # Without noise a scene has just the hues of the colours its caption names.
-    dominant = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+    # Without noise nearly all bright pixels have the hues that the caption names; a few mix where two digits touch.
+    hue_of = {(1, 0, 0): "red", (0, 1, 0): "green", (0, 0, 1): "blue", (1, 1, 0): "yellow"}
     for scene in (DigitScenes("heldout", 40, noise=0.0, seed=1).scene(i) for i in range(40)):
         bright = scene.pixels[scene.pixels.max(axis=-1) > 120].astype(float)
-        hues = {tuple((pixel > 0.7 * pixel.max()).astype(int)) for pixel in bright}
-        assert hues == {dominant[colour] for colour in scene.colours}
+        hues = Counter(hue_of.get(tuple((pixel > 0.7 * pixel.max()).astype(int).tolist())) for pixel in bright)
+        named = sum(hues[colour] for colour in scene.colours)
+        assert named > 0.95 * sum(hues.values())
+        assert all(hues[colour] > 0.1 * named for colour in scene.colours)
 
 
 def test_the_law_of_captions_is_uniform():

@@ -85,7 +85,7 @@ def test_torch_s_varlen_kernel_is_told_the_rows_and_the_scale(monkeypatch):
             out.append(torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[other]))
         return torch.cat(out)
 
-    monkeypatch.setattr(attention_backends, "varlen_attn", varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     monkeypatch.setattr(attention_backends, "_varlen_takes", lambda q, v: True)
     keep, packed, q, (k, v), packed_kv = case(ROWS, 0)
     got = attend_packed(q, *packed_kv, packed, scale=0.3, backend="sdpa")

@@ -97,7 +97,11 @@ class MLPConnector(nn.Module):
                 raise ValueError(_not_a_projector(f"an entry {name!r}"))
             found.setdefault(int(match.group(1)) if match else 0, {})[kind] = tensor
         order = sorted(found)
-        if order != list(range(0, 2 * len(order), 2)) or any(set(found[i]) != {"weight", "bias"} for i in order):
+        if (
+            not order
+            or order != list(range(0, 2 * len(order), 2))
+            or any(set(found[i]) != {"weight", "bias"} for i in order)
+        ):
             raise ValueError(_not_a_projector(f"entries {sorted(state_dict)}"))
         weights = [found[i]["weight"] for i in order]
         output_dim, input_dim = weights[0].shape

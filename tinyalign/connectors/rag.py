@@ -27,8 +27,8 @@ class RAGConnector(nn.Module):
     """Turn the latents of K retrieved items into T tokens of the language model's width.
 
     As in the paper each latent becomes one token, T = K * L. Latents are first brought to zero mean and unit variance
-    (no weights), because a Perceiver ends without a norm and the scale of a bank is its own. With ``num_tokens`` the latents are pooled by learned
-    queries to a fixed budget, so that the cost no longer grows with K.
+    (no weights), because a Perceiver ends without a norm and the scale of a bank is its own. With ``num_tokens`` the
+    latents are pooled by learned queries to a fixed budget, so that the cost no longer grows with K.
 
     Args:
         latent_dim: width of a latent in the memory bank.

@@ -47,13 +47,17 @@ class AttentionReport(NamedTuple):
         return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _requested() -> tuple[str, str]:
     """The backend asked for outside the call. Under torch.compile this is read once, when the graph is traced."""
     forced = _forced.get()
     if forced is not None:
         return forced, "use_attention_backend"
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import the compiler, which changes the environment
+# and the warning filters of everyone who imports this package.
+_requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(spec: AttentionSpec, backend: str) -> tuple[Backend, str]:

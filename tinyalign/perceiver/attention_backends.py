@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from tinyalign.perceiver.packing import PackedTokens, unpack
 
@@ -99,6 +98,8 @@ class Sdpa:
         starts = torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=q.device)
         # The kernel of torch 2.10 knows only the scale width ** -0.5: what differs from that goes into the queries.
         rows = q.transpose(1, 2).reshape(batch * count, heads, width) * (scale * width**0.5)
+        from torch.nn.attention.varlen import varlen_attn  # its import compiles and sets environment variables
+
         out = varlen_attn(rows, k, v, starts, packed.starts, count, max(packed.lengths))
         assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
         return out.view(batch, count, heads, width).transpose(1, 2)
