@@ -109,6 +109,7 @@ def test_a_manifest_of_any_content_is_refused_or_harmless(tmp_path_factory, data
     ("change", "message"),
     [
         (lambda m: m["segments"][0].update(name="../../etc"), "a segment called '../../etc'"),
+        (lambda m: m.update(pointers=[1]), "pointers that are not named"),
         (lambda m: m["segments"][0].update(name="00000001-aaaaaaaa\n"), "a segment called"),
         (
             lambda m: m["segments"][0]["files"].update({"../x.bin": {"bytes": 0, "xxh3": ""}}),

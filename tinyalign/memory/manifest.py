@@ -128,7 +128,7 @@ def read_manifest(directory: Path, caller: str) -> Manifest:
         )
     try:
         return _parse(content, caller)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BankCorruptedError(
             f"{caller}: {path} must describe a bank, got {error}. Restore it from a copy."
         ) from error
@@ -159,6 +159,7 @@ def _parse(content: dict[str, Any], caller: str) -> Manifest:
     _rule(key_dim > 0, "keys of width 0")
     next_id = content["next_id"]
     _rule(isinstance(next_id, int) and 0 <= next_id <= 1 << 63, "a next id that is not one")
+    _rule(isinstance(content["pointers"], dict), "pointers that are not named")
     manifest = Manifest(
         generation=_count(content["generation"], "a generation that is not a count"),
         key_dim=key_dim,
@@ -168,7 +169,7 @@ def _parse(content: dict[str, Any], caller: str) -> Manifest:
         value_dtype=content["value_dtype"],
         next_id=next_id,
         segments=tuple(_segment(entry) for entry in content["segments"]),
-        pointers={name: content["pointers"][name] for name in content["pointers"]},
+        pointers=dict(content["pointers"]),
         fingerprint=checked_fingerprint(content["fingerprint"], caller),
     )
     names = [segment.name for segment in manifest.segments]
