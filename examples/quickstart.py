@@ -6,8 +6,9 @@ r"""The whole method on real handwriting, with its controls, in a few minutes on
 A small vision tower and a small language model are trained on the spot and frozen, a Perceiver compresses image-caption
 pairs into a memory bank, and connectors are trained once per arm from the same seed and the same batches: without
 retrieval (`baseline`), with it (`tinyalign`), and with controls that have as many tokens and no information about the
-image. Expect the held-out cross-entropy of `tinyalign` at least 10 % under the baseline's and under every control's,
-and `self`, which may retrieve the sample itself in training, looking better in training than it is.
+image. Expect the held-out cross-entropy of `tinyalign` about 15 % under the baseline's. The controls lower it too, by up
+to about 10 %: only what is left between them and `tinyalign` is information, and the last lines say how much that is.
+`self`, which may retrieve the sample itself in training, looks far better in training and is far worse on held-out scenes.
 """
 
 from __future__ import annotations
