@@ -78,8 +78,8 @@ class LlavaCollator:
         >>> processor = SimpleNamespace(tokenizer=Letters(), image_processor=None, num_image_tokens=1,
         ...                             num_retrieval_tokens=0, image_token_id=-200)
         >>> sample = Sample("a", 1, 1, (), (Turn("user", "Red?"), Turn("assistant", "no")))
-        >>> labels = LlavaCollator(processor)([sample])["labels"][0]
-        >>> "".join(chr(label) for label in labels if label != IGNORE_INDEX)
+        >>> batch = LlavaCollator(processor)([sample])
+        >>> "".join(chr(label) for label in batch["labels"].flatten() if label != IGNORE_INDEX)
         ' no.'
     """
 

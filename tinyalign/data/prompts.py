@@ -42,8 +42,9 @@ class ChatRenderer:
         >>> rendered = ChatRenderer(NoTemplate())(turns)
         >>> rendered.text
         'USER: What is red? ASSISTANT: A rose.</s>'
-        >>> [rendered.text[start:end] for start, end in rendered.spans]
-        [' A rose.</s>']
+        >>> start, end = rendered.spans[0]
+        >>> rendered.text[start:end]
+        ' A rose.</s>'
     """
 
     def __init__(self, tokenizer: Any) -> None:
