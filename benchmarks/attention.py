@@ -23,9 +23,8 @@ import transformers
 from torch import Tensor
 from transformers import PerceiverConfig, PerceiverModel
 
+from tinyalign._attention import attend_packed, pack
 from tinyalign.perceiver import PerceiverEncoder, attend, attention_report, use_attention_backend
-from tinyalign.perceiver.attention import attend_packed
-from tinyalign.perceiver.packing import pack
 
 HEADS, LATENTS, WIDTH = 8, 32, 12
 BATCH = {"cuda": 256, "cpu": 16}

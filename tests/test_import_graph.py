@@ -40,9 +40,11 @@ def test_leaf_packages_do_not_import_each_other(leaf):
 
 
 def test_the_bottom_imports_nothing_above_it():
-    for path in PACKAGE.glob("_*.py"):
-        if path.name != "__init__.py":
-            assert not {name for name in imports_of(path) if name.startswith("tinyalign.") and "._" not in name}, path
+    bottom = [path for path in PACKAGE.glob("_*.py") if path.name != "__init__.py"]
+    bottom += PACKAGE.glob("_*/*.py")
+    assert {"_checks.py", "dispatch.py"} <= {path.name for path in bottom}
+    for path in bottom:
+        assert not {name for name in imports_of(path) if name.startswith("tinyalign.") and "._" not in name}, path
 
 
 def in_fresh_interpreter(code: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyalign._attention import AttentionBackendError, dispatch, use_attention_backend
 from tinyalign.connectors import RAGConnector
 
 
@@ -48,6 +49,30 @@ def test_pooling_equals_softmax_over_found_latents():
     torch.testing.assert_close(tokens[0], connector.mlp(attention @ pool.value(normed)), rtol=1e-4, atol=1e-5)
     assert keep.tolist() == [[True] * 3, [False] * 3]
     assert not tokens[1].any()
+
+
+def test_pooling_runs_through_the_kernel_that_is_chosen(monkeypatch):
+    """One head as wide as a latent, one key mask per row; the same tokens from whichever kernel."""
+    connector = RAGConnector(6, 8, num_tokens=3)
+    latents, mask = torch.randn(2, 4, 2, 6), torch.tensor([[True, False, True, False], [False] * 4])
+    monkeypatch.setattr(dispatch, "_last_run", {})
+    tokens, _ = connector(latents, mask)
+    with use_attention_backend("reference"):
+        torch.testing.assert_close(connector(latents, mask).tokens, tokens)
+    spec = dispatch.AttentionSpec("cpu", torch.float32, 6, 6, "dense")
+    assert dispatch.attention_report().ran == {spec: ("reference", "use_attention_backend")}
+    with use_attention_backend("xformers"), pytest.raises(AttentionBackendError, match="no kernels for cpu tensors"):
+        connector(latents, mask)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 3])
+def test_nothing_retrieved_at_all_is_an_ordinary_input(num_tokens):
+    tokens, keep = RAGConnector(6, 8, num_tokens=num_tokens, gate=True)(
+        torch.zeros(2, 0, 4, 6), None, torch.zeros(2, 0)
+    )
+    assert tokens.shape == (2, num_tokens or 0, 8)
+    assert not keep.any()
+    assert not tokens.any()
 
 
 def test_gate_and_rank_start_as_if_absent():

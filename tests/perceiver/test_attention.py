@@ -5,16 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tinyalign
+from tinyalign._attention import dispatch
+from tinyalign._attention.backends import AttentionSpec, Reference, Xformers, aligned_rows
+from tinyalign._attention.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, AttentionBackendError
 from tinyalign.perceiver import attend, attention_report, use_attention_backend
-from tinyalign.perceiver import attention as attention_module
-from tinyalign.perceiver.attention import BACKENDS, ENVIRONMENT_VARIABLE, AttentionBackendError
-from tinyalign.perceiver.attention_backends import AttentionSpec, Reference, Xformers, aligned_rows
 
 
 def by_hand(q, k, v, keep, scale):
@@ -109,7 +111,7 @@ class Spy(Reference):
 @pytest.fixture
 def spies(monkeypatch):
     spies = {"xformers": Spy("xformers", "wrong moon", "no fuel"), "sdpa": Spy("sdpa"), "reference": Spy("reference")}
-    monkeypatch.setattr(attention_module, "BACKENDS", spies)
+    monkeypatch.setattr(dispatch, "BACKENDS", spies)
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     return spies
 
@@ -308,6 +310,20 @@ def test_wrong_tensors_are_refused():
     for wrong in ((2, 4), (3, 3), (2, 1, 3), (2, 2, 3, 1), (2, 3, 1, 3)):
         with pytest.raises(ValueError, match=r"keep must have shape \(2, 3\) or broadcast to \(2, 2, 3, 3\), got"):
             attend(q, q, q, keep=torch.ones(wrong, dtype=torch.bool))
+
+
+def test_who_attends_goes_through_the_dispatcher_and_nobody_else_carries_it():
+    """The Perceiver and the pooling of the connectors; what a library already does stays with that library."""
+    package = Path(tinyalign.__file__).parent
+    users, own_calls = set(), []
+    for path in package.glob("*/**/*.py"):
+        source = path.read_text(encoding="utf-8")
+        part = path.relative_to(package).parts[0]
+        if part != "_attention":
+            users |= {part} if "tinyalign._attention" in source else set()
+            own_calls += [path] if "scaled_dot_product_attention" in source else []
+    assert users == {"perceiver", "connectors"}
+    assert own_calls == []
 
 
 def test_every_backend_has_its_own_name():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tinyalign._attention.backends import AttentionSpec, Xformers
+from tinyalign._attention.dispatch import attend_packed
+from tinyalign._attention.packing import pack
 from tinyalign.perceiver import (
     PerceiverCompressor,
     PerceiverEncoder,
@@ -13,9 +16,6 @@ from tinyalign.perceiver import (
     attention_report,
     use_attention_backend,
 )
-from tinyalign.perceiver.attention import attend_packed
-from tinyalign.perceiver.attention_backends import AttentionSpec, Xformers
-from tinyalign.perceiver.packing import pack
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes, attend, attention_backends, layers
-from tinyalign.perceiver.attention import attend_packed
-from tinyalign.perceiver.attention_backends import Sdpa, Xformers
+from tinyalign._attention import backends
+from tinyalign._attention.backends import Sdpa, Xformers
+from tinyalign._attention.dispatch import attend_packed
+from tinyalign._attention.packing import pack, unpack
+from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes, attend, layers
 from tinyalign.perceiver.layers import PerceiverLayer, padded_width
-from tinyalign.perceiver.packing import pack, unpack
 
 masks = st.integers(1, 4).flatmap(
     lambda rows: st.integers(1, 7).flatmap(
@@ -86,7 +87,7 @@ def test_torch_s_varlen_kernel_is_told_the_rows_and_the_scale(monkeypatch):
         return torch.cat(out)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(attention_backends, "_varlen_takes", lambda q, v: True)
+    monkeypatch.setattr(backends, "_varlen_takes", lambda q, v: True)
     keep, packed, q, (k, v), packed_kv = case(ROWS, 0)
     got = attend_packed(q, *packed_kv, packed, scale=0.3, backend="sdpa")
     torch.testing.assert_close(got, attend(q, k, v, keep=keep, scale=0.3, backend="reference"))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyalign._attention import attend
 from tinyalign._checks import check_last_dim, check_mask, check_positive
 from tinyalign.connectors.mlp import MLPConnector
 
@@ -156,7 +157,6 @@ class _LatentPool(nn.Module):
         value = self.value(normed)
         if weight is not None:
             value = value * weight[..., None]
-        # A row with nothing to read attends evenly here; its tokens are zeroed by the caller.
-        keep = keep | ~keep.any(dim=1, keepdim=True)
-        query = self.queries.expand(latents.shape[0], -1, -1)
-        return F.scaled_dot_product_attention(query, self.key(normed), value, attn_mask=keep[:, None, :])
+        # One head: (1, 1, T, D) queries, (B, 1, K*L, D) keys and values.
+        pooled = attend(self.queries[None, None], self.key(normed)[:, None], value[:, None], keep=keep)
+        return pooled.squeeze(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyalign.perceiver.attention import (
+from tinyalign._attention import (
     AttentionBackendError,
     AttentionReport,
     attend,

@@ -11,12 +11,12 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyalign._attention import pack
 from tinyalign._checks import check_last_dim, check_mask, check_positive
 from tinyalign._files import hash_tensors
 from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
 from tinyalign.perceiver.layers import PerceiverLayer
-from tinyalign.perceiver.packing import pack
 from tinyalign.perceiver.positions import sinusoids
 from tinyalign.perceiver.weights import draw_linears, draw_normal
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyalign.perceiver.attention import attend, attend_packed
-from tinyalign.perceiver.packing import PackedTokens
+from tinyalign._attention import PackedTokens, attend, attend_packed
 
 
 class PerceiverLayer(nn.Module):

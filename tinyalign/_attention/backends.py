@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyalign.perceiver.packing import PackedTokens, unpack
+from tinyalign._attention.packing import PackedTokens, unpack
 
 _WIDTH_MULTIPLE = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
 # cuDNN's backward gives NaN query gradients on H100/H200 for some masked lengths (pytorch issue 196678).

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tinyalign.perceiver.attention_backends import AttentionSpec, Backend, Reference, Sdpa, Xformers
-from tinyalign.perceiver.packing import PackedTokens
+from tinyalign._attention.backends import AttentionSpec, Backend, Reference, Sdpa, Xformers
+from tinyalign._attention.packing import PackedTokens
 
 ENVIRONMENT_VARIABLE = "TINYALIGN_ATTENTION_BACKEND"
 
@@ -193,7 +193,7 @@ def attend_packed(
 
     Example:
         >>> import torch
-        >>> from tinyalign.perceiver.packing import pack
+        >>> from tinyalign._attention.packing import pack
         >>> packed = pack(torch.tensor([[[1.0], [3.0]], [[5.0], [9.0]]]), torch.tensor([[True, True], [True, False]]))
         >>> q, k = torch.zeros(1, 1, 1, 4), torch.zeros(3, 1, 4)
         >>> attend_packed(q, k, packed.tokens[:, None], packed).flatten().tolist()

@@ -1,0 +1,28 @@
+"""Attention with a choice of kernels, shared by the Perceiver and the pooling of the connectors.
+
+It lies below the packages that use it, since these never import each other. `tinyalign.perceiver` publishes its names.
+"""
+
+from __future__ import annotations
+
+from tinyalign._attention.dispatch import (
+    AttentionBackendError,
+    AttentionReport,
+    attend,
+    attend_packed,
+    attention_report,
+    use_attention_backend,
+)
+from tinyalign._attention.packing import PackedTokens, pack, unpack
+
+__all__ = [
+    "AttentionBackendError",
+    "AttentionReport",
+    "PackedTokens",
+    "attend",
+    "attend_packed",
+    "attention_report",
+    "pack",
+    "unpack",
+    "use_attention_backend",
+]
