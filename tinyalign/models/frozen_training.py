@@ -1,0 +1,184 @@
+"""Training and scoring a model on samples whose features are computed already, one small run after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinyalign._checks import check_positive
+from tinyalign.models.frozen import FoundNeighbours, FrozenSamples
+from tinyalign.models.sample_encoder import SampleEncoder, caption_of
+from tinyalign.models.vlm import TinyAlignVLM
+from tinyalign.perceiver import PerceiverPretrainer
+
+Track = Callable[[Iterable[int]], Iterable[int]]
+CLIP = 1.0
+
+
+class FrozenScores(NamedTuple):
+    """What a model makes of each sample.
+
+    Shape:
+        nll: (n,), float64, summed over the answer. tokens: (n,), int64. correct: (n,), bool.
+
+    Units:
+        nats.
+    """
+
+    nll: Tensor
+    tokens: Tensor
+    correct: Tensor
+
+    @property
+    def per_token(self) -> float:
+        """Cross-entropy in nats per token over all samples."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose whole answer is right."""
+        return float(self.correct.double().mean())
+
+
+def fit_frozen(
+    model: TinyAlignVLM,
+    part: FrozenSamples,
+    found: FoundNeighbours | None = None,
+    *,
+    steps: int,
+    rate: float,
+    batch_size: int = 16,
+    seed: int = 0,
+    track: Track | None = None,
+) -> list[float]:
+    """Train what `freeze_for` left trainable, by AdamW under a one-cycle rate; returns the loss of every step.
+
+    The order of the samples depends on `seed` alone, so that arms see the same batches. For runs of minutes; anything
+    larger belongs in Hugging Face's ``Trainer``.
+
+    Args:
+        model: trained in place and left in evaluation mode.
+        part: what to learn from.
+        found: what is retrieved for it; None for the baseline and for learned prompts.
+        steps: optimiser steps.
+        rate: highest learning rate.
+        batch_size: samples per step; never more than there are.
+        seed: of the order.
+        track: wraps the steps with a progress display.
+
+    Raises:
+        ValueError: no steps.
+        RuntimeError: the loss is no longer finite.
+    """
+    check_positive("fit_frozen", "steps", steps)
+    device = next(model.parameters()).device
+    size = min(batch_size, len(part))
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * size // len(part))
+    order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(epochs)])
+
+    def loss_of(step: int) -> Tensor:
+        rows = order[step * size : (step + 1) * size]
+        given = {} if found is None else found.batch(rows, device)
+        loss: Tensor = model(**part.batch(rows, device), **given).loss
+        return loss
+
+    model.train()
+    try:
+        return _descend("fit_frozen", loss_of, model, steps=steps, rate=rate, track=track)
+    finally:
+        model.eval()
+
+
+@torch.no_grad()
+def score_frozen(
+    model: TinyAlignVLM, part: FrozenSamples, found: FoundNeighbours | None = None, *, batch_size: int = 100
+) -> FrozenScores:
+    """Score every sample: the negative log-likelihood of its answer, and whether greedy decoding would write it.
+
+    An answer is written by greedy decoding exactly when each of its tokens is the most likely one after those before
+    it; so one pass over the answers tells what generation would, the end of the answer included.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    parts = []
+    try:
+        for rows in torch.split(torch.arange(len(part)), batch_size):
+            given = {} if found is None else found.batch(rows, device)
+            output = model(**part.batch(rows, device), **given, return_logits=True)
+            logits, labels = output.logits, output.labels
+            wanted = labels[:, 1:]
+            right = (logits[:, :-1].argmax(dim=-1) == wanted) | (wanted == -100)
+            nll, tokens = output.per_sample_nll, output.per_sample_tokens
+            parts.append((nll.double().cpu(), tokens.cpu(), right.all(dim=1).cpu()))
+    finally:
+        model.train(training)
+    return FrozenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def fit_compressor(
+    pretrainer: PerceiverPretrainer,
+    part: FrozenSamples,
+    encode: SampleEncoder,
+    *,
+    steps: int,
+    rate: float = 2e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+    track: Track | None = None,
+) -> list[float]:
+    """Train a compressor to give images and captions back, then freeze it; returns the loss of every step.
+
+    Args:
+        pretrainer: holds the compressor, which `encode` uses too.
+        part: image-caption pairs.
+        encode: tokenizes the captions.
+        steps: optimiser steps.
+        rate: highest learning rate.
+        batch_size: pairs per step.
+        seed: of the draws.
+        track: wraps the steps with a progress display.
+
+    Raises:
+        ValueError: no steps.
+        RuntimeError: the loss is no longer finite.
+    """
+    check_positive("fit_compressor", "steps", steps)
+    ids, mask = encode.tokens([caption_of(sample) for sample in part.samples])
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_of(_step: int) -> Tensor:
+        rows = torch.randint(len(part), (batch_size,), generator=generator)
+        features = part.features[part.image_of[rows]]
+        loss: Tensor = pretrainer(features, ids[rows], text_mask=mask[rows], generator=generator).loss
+        return loss
+
+    curve = _descend("fit_compressor", loss_of, pretrainer, steps=steps, rate=rate, track=track)
+    pretrainer.compressor.requires_grad_(False).eval()
+    return curve
+
+
+def _descend(
+    where: str, loss_of: Callable[[int], Tensor], module: nn.Module, *, steps: int, rate: float, track: Track | None
+) -> list[float]:
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.05)
+    curve: list[float] = []
+    for step in range(steps) if track is None else track(range(steps)):
+        loss = loss_of(step)
+        curve.append(loss.item())
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"{where}: the loss must stay finite, got {curve[-1]} at step {step}. Lower the learning rate."
+            )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        schedule.step()
+    return curve
