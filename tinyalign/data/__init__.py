@@ -6,13 +6,18 @@ from tinyalign.data.export import write_llava
 from tinyalign.data.llava import LlavaDataset
 from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer
 from tinyalign.data.records import IMAGE_PLACEHOLDER, Sample, Turn, load_image, stable_id
+from tinyalign.data.sampling import Draw, draw_records
+from tinyalign.data.streams import Columns, Gathered, gather_rows
 from tinyalign.data.tokens import EncodedText, encode_text
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
     "ChatRenderer",
+    "Columns",
     "DigitScenes",
+    "Draw",
     "EncodedText",
+    "Gathered",
     "ImageTextProcessor",
     "LengthReport",
     "LlavaCollator",
@@ -23,7 +28,9 @@ __all__ = [
     "Sample",
     "Scene",
     "Turn",
+    "draw_records",
     "encode_text",
+    "gather_rows",
     "load_image",
     "stable_id",
     "write_llava",
