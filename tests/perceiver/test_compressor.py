@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tinyalign.perceiver import PerceiverCompressor, PerceiverEncoder, PerceiverSizes
+from tinyalign.perceiver.ids import may_look
 from tinyalign.perceiver.positions import sinusoids
 
 SIZES = PerceiverSizes(token_dim=16, num_latents=4, latent_dim=8, num_self_attends=1, num_heads=2)
@@ -258,3 +260,66 @@ def test_wrong_inputs_are_refused():
         build(fusion="sum")
     with pytest.raises(ValueError, match="vocab_size must be an integer of at least 1, got 0"):
         build(vocab_size=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("stray", [40, -1])
+def test_an_id_outside_the_table_is_named(training, stray):
+    compressor = build().train(training)
+    image, text = example()
+    text[1, 2] = stray
+    with pytest.raises(ValueError, match=f"ids from 0 to 39, got {stray} at row 1, place 2"):
+        compressor(image, text)
+    mask = torch.ones_like(text, dtype=torch.bool)
+    mask[1, 2] = False
+    assert compressor(image, text, None, mask).isfinite().all()  # padding may be any number
+
+
+def test_ids_are_looked_at_only_where_nobody_waits_for_it(monkeypatch):
+    """Stand-ins for tensors elsewhere: what counts is where they are, and what the step is for."""
+    compressor, image = build(), example()[0]
+    text = torch.full((3, 5), 99)
+    compiled = torch.compile(compressor, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"index out of range|out of bounds"):  # torch's own: nothing looked before
+        compiled(image, text)
+    here, meta = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long, device="meta")
+    assert may_look(here, training=True)
+    assert not may_look(meta, training=False)
+    cuda = types.SimpleNamespace(is_meta=False, is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not may_look(cuda, training=True)
+    assert may_look(cuda, training=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not may_look(cuda, training=False)
+
+
+@pytest.mark.parametrize("fusion", ["balanced", "joint"])
+@pytest.mark.parametrize(("patches", "words"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_shortest_sequences_are_ordinary_inputs(fusion, patches, words):
+    compressor = build(fusion=fusion)
+    image, text = example()
+    value = compressor(image[:, :patches], text[:, :words])
+    assert value.shape == (3, 4, 8)
+    assert value.isfinite().all()
+    moved = (value[0] - value[1]).abs().max() > 1e-4
+    assert moved == (patches + words > 0)
+
+
+@pytest.mark.parametrize("fusion", ["balanced", "joint"])
+def test_a_batch_without_rows_is_an_ordinary_input(fusion):
+    image, text = example()
+    mask = torch.zeros(0, 5, dtype=torch.bool)
+    assert build(fusion=fusion)(image[:0], text[:0], None, mask).shape == (0, 4, 8)
+
+
+def test_the_config_names_every_argument_of_the_constructor():
+    config = build(seed=3, text_dim=10, dtype=torch.bfloat16).config()
+    assert config == {
+        "image_dim": 12,
+        "vocab_size": 0,
+        "text_dim": 10,
+        "sizes": {**SIZES._asdict(), "qk_channels": 8, "v_channels": 8},
+        "fusion": "balanced",
+        "seed": 3,
+        "dtype": "bfloat16",
+    }

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes, evaluate_reconstruction
-from tinyalign.perceiver.pretrainer import BAG_SHARE
+from tinyalign.perceiver.pretrainer import BAG_SHARE, shuffled_places
 
 SIZES = PerceiverSizes(token_dim=32, num_latents=4, latent_dim=32, num_self_attends=1, num_heads=4)
 
@@ -152,6 +154,72 @@ def test_caption_dropout_hides_the_caption_from_the_compressor_but_still_asks_fo
     assert torch.equal(out.loss, other.loss)
 
 
+@settings(deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=5), st.integers(0, 99))
+def test_shuffling_permutes_the_kept_places(rows, seed):
+    mask = torch.tensor(rows)
+    places = shuffled_places(mask, torch.Generator().manual_seed(seed))
+    assert places.shape == mask.shape
+    assert sorted(places[mask].tolist()) == mask.flatten().nonzero().flatten().tolist()
+
+
+def test_every_order_of_the_kept_places_is_drawn():
+    mask = torch.tensor([[True, False], [True, True]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = {tuple(shuffled_places(mask, generator)[mask].tolist()) for _ in range(200)}
+    assert len(drawn) == 6  # of 3 places; each misses 200 draws with probability (5/6)^200
+
+
+def test_mixed_captions_hold_the_words_of_the_batch_and_are_what_is_asked_for():
+    image, text = example(64)
+    text_mask = torch.arange(6) < torch.randint(0, 7, (64, 1))
+    seen = []
+    pretrainer = build(mixed_captions=0.5, caption_dropout=0.3, contrastive_weight=1.0)
+    pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    out = pretrainer(image, text, None, text_mask)
+    asked, shown = seen[0][1], seen[0][3]
+    changed = ((asked != text) & shown).any(1)
+    assert 8 < changed.sum() < 40  # about a half of those that are shown and long enough
+    assert torch.equal(asked[~changed], text[~changed])
+    assert not changed[text_mask.any(1) & ~shown.any(1)].any()  # a hidden caption is guessed from its image: its own
+    assert set(asked[shown].tolist()) <= set(text[shown].tolist())
+    with torch.no_grad():
+        latents = pretrainer.compressor(image, asked, None, shown)
+        expected = pretrainer._text_errors(pretrainer.text_reader, latents, asked, text_mask)[text_mask].mean()
+    torch.testing.assert_close(out.text_loss.detach(), expected)
+    assert torch.equal(seen[2][1], text)  # the contrastive view of the caption is the pair's own
+    seen.clear()
+    pretrainer.eval()(image, text, None, text_mask)
+    assert torch.equal(seen[0][1], text)
+
+
+def test_mixing_all_rows_keeps_every_word_once():
+    image, text = example(16)
+    seen = []
+    pretrainer = build(mixed_captions=1.0)
+    pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
+    pretrainer(image, text)
+    assert sorted(seen[0].flatten().tolist()) == sorted(text.flatten().tolist())
+    embedded = build(mixed_captions=1.0, text_dim=10)
+    embedded.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
+    rows = torch.randn(16, 6, 10)
+    embedded(image, rows)
+    assert not torch.equal(seen[1], rows)
+    assert torch.equal(seen[1].flatten(0, 1).sort(0).values, rows.flatten(0, 1).sort(0).values)
+
+
+def test_an_id_outside_the_table_is_named_even_where_the_caption_is_hidden():
+    pretrainer = build(caption_dropout=0.99)
+    image, text = example()
+    text[2, 4] = 30
+    with pytest.raises(ValueError, match=r"PerceiverPretrainer.forward: .* ids from 0 to 29, got 30 at row 2, place 4"):
+        pretrainer(image, text)
+    with pytest.raises(ValueError, match=r"text_mask must have shape \(8, 6\), got \(8, 5\)"):
+        pretrainer(image, text, None, torch.ones(8, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"text must be token ids of shape \(B, T\), got torch.float32"):
+        pretrainer(image, text.float())
+
+
 def test_a_sample_of_patches_estimates_the_whole_loss():
     image, text = example(64, 36)
     whole = build()
@@ -242,6 +310,7 @@ def test_the_scale_is_fitted_once_on_the_first_training_batch():
         ({"image_weight": -1.0}, "image_weight must be finite and not negative, got -1.0"),
         ({"contrastive_weight": math.nan}, "contrastive_weight must be finite and not negative, got nan"),
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1.0"),
+        ({"mixed_captions": 1.5}, r"mixed_captions must lie in \[0, 1\], got 1.5"),
         ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
     ],
 )

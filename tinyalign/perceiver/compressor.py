@@ -16,6 +16,7 @@ from tinyalign._checks import check_last_dim, check_mask, check_positive
 from tinyalign._files import hash_tensors
 from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
+from tinyalign.perceiver.ids import check_ids, may_look
 from tinyalign.perceiver.layers import PerceiverLayer
 from tinyalign.perceiver.positions import sinusoids
 from tinyalign.perceiver.weights import draw_linears, draw_normal
@@ -63,7 +64,8 @@ class PerceiverCompressor(nn.Module):
         image_mask: (B, N), bool. text_mask: (B, T), bool. returns: (B, L, latent_dim), dtype of the weights.
 
     Raises:
-        ValueError: a wrong width or mask shape; text of the other kind than the compressor was built for.
+        ValueError: a wrong width or mask shape; text of the other kind than the compressor was built for; a token id
+            outside the table (not looked for in a training step on a GPU, which would have to wait for it).
         TypeError: a mask that is not boolean, token ids that are not integers.
 
     Source:
@@ -267,6 +269,8 @@ class PerceiverCompressor(nn.Module):
             check_mask(where, "text_mask", text_mask, (batch, text.shape[1]))
             positions = (text_mask.long().cumsum(dim=1) - 1).clamp(min=0)
             text = text.masked_fill(~(text_mask if self.text_dim is None else text_mask.unsqueeze(2)), 0)
+        if self.vocab_size is not None and may_look(text, training=self.training):
+            check_ids(where, text, self.vocab_size)
         words: Tensor = self.text_embedding(text if self.text_dim is None else text.to(weight.dtype))
         return words + sinusoids(positions, self.sizes.token_dim).to(words.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinyalign._checks import check_mask
 from tinyalign.perceiver import hf_weights
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
+from tinyalign.perceiver.ids import check_ids, may_look
 from tinyalign.perceiver.weights import draw_linears, draw_normal
 
 PIXEL_CHANNELS = 256
@@ -153,7 +154,7 @@ class CaptionTokens(nn.Module):
         text: (B, T), long. mask: (B, T), bool; masked ids may be any number. returns: (B, T, 516).
 
     Raises:
-        ValueError: a caption longer than the table.
+        ValueError: a caption longer than the table, an id outside the vocabulary (as in `PerceiverCompressor`).
 
     Example:
         >>> import torch
@@ -185,6 +186,8 @@ class CaptionTokens(nn.Module):
         if mask is not None:
             check_mask("CaptionTokens.forward", "mask", mask, (text.shape[0], text.shape[1]))
             text = text.masked_fill(~mask, 0)
+        if may_look(text, training=self.training):
+            check_ids("CaptionTokens.forward", text, self.embedding.num_embeddings)
         words = self.embedding(text) + self.positions[: text.shape[1]]
         return torch.cat((words, self.padding.expand(*text.shape, -1)), dim=2)
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyalign._checks import check_mask
 from tinyalign.perceiver.compressor import PerceiverCompressor
+from tinyalign.perceiver.ids import check_ids, may_look
 from tinyalign.perceiver.reader import LatentReader
 from tinyalign.perceiver.weights import draw_linears
 
@@ -41,6 +43,10 @@ class PerceiverPretrainer(nn.Module):
     what only an attentive decoder can read is of little use to a connector. Works in a plain loop and as the model of
     Hugging Face's ``Trainer``. Only the compressor is kept afterwards.
 
+    With few captions the compressor learns them by heart, and new ones are then written into its values no better than
+    by random weights. `mixed_captions` is against that: some rows get a caption whose words are drawn from all captions
+    of the batch, which no memory of captions helps to give back.
+
     Args:
         compressor: the compressor to train; shared, not copied.
         image_weight: weight of the patch reconstruction.
@@ -48,6 +54,7 @@ class PerceiverPretrainer(nn.Module):
         contrastive_weight: weight of telling, from its image alone, which caption of the batch belongs to a row
             (symmetric InfoNCE between the mean latents of the two views). Costs two more encodings.
         caption_dropout: share of rows whose caption is hidden from the compressor while training, but still asked for.
+        mixed_captions: share of the other rows whose caption is mixed from the batch's while training.
         num_patches: patches reconstructed per row and step, drawn anew while training; None takes all.
         hidden_dim: width of the decoder.
         seed: what the decoder's weights are drawn from.
@@ -57,7 +64,8 @@ class PerceiverPretrainer(nn.Module):
         image_mask: (B, N), bool. text_mask: (B, T), bool.
 
     Raises:
-        ValueError: negative weights, a dropout outside [0, 1), fewer than one patch.
+        ValueError: negative weights, a dropout outside [0, 1), a share outside [0, 1], fewer than one patch, a token id
+            outside the compressor's table (as there).
 
     Source:
         Reconstruction through a Perceiver IO decoder (Jaegle et al., 2022, arXiv 2107.14795, section 3.2);
@@ -82,6 +90,7 @@ class PerceiverPretrainer(nn.Module):
         text_weight: float = 1.0,
         contrastive_weight: float = 0.0,
         caption_dropout: float = 0.0,
+        mixed_captions: float = 0.0,
         num_patches: int | None = None,
         hidden_dim: int = 128,
         seed: int = 0,
@@ -98,6 +107,11 @@ class PerceiverPretrainer(nn.Module):
                 f"PerceiverPretrainer: caption_dropout must lie in [0, 1), got {caption_dropout}. Give the share of "
                 "rows whose caption is hidden."
             )
+        if not 0.0 <= mixed_captions <= 1.0:
+            raise ValueError(
+                f"PerceiverPretrainer: mixed_captions must lie in [0, 1], got {mixed_captions}. Give the share of rows "
+                "whose words are drawn from the whole batch."
+            )
         if num_patches is not None and num_patches < 1:
             raise ValueError(
                 f"PerceiverPretrainer: num_patches must be at least 1, got {num_patches}. Use image_weight=0 to leave "
@@ -108,6 +122,8 @@ class PerceiverPretrainer(nn.Module):
         self.text_weight = text_weight
         self.contrastive_weight = contrastive_weight
         self.caption_dropout = caption_dropout
+        self.mixed_captions = mixed_captions
+        self._scale_is_known = False
         self.num_patches = num_patches
         weight = compressor.image_projection.weight
         text_out = compressor.sizes.token_dim if compressor.text_dim is None else compressor.text_dim
@@ -160,24 +176,31 @@ class PerceiverPretrainer(nn.Module):
             image_mask: patches that count.
             text_mask: tokens that count.
             return_loss: only tells ``Trainer`` that this model computes its own loss; always true.
-            generator: randomness of caption dropout and of the choice of patches; None uses torch's own.
+            generator: randomness of caption dropout, of mixing and of the choice of patches; None uses torch's own.
         """
         del return_loss
-        if self.training and not bool(self.compressor.image_scale_is_fitted):
-            self.compressor.fit_image_scale(image_features, image_mask)
+        if self.training and not self._scale_is_known:  # asking the buffer in every step would wait for the device
+            if not bool(self.compressor.image_scale_is_fitted):
+                self.compressor.fit_image_scale(image_features, image_mask)
+            self._scale_is_known = True
         if text is not None and text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        latents = self.compressor(image_features, text, image_mask, self._hide_captions(text_mask, generator))
+        asked, shown = text, text_mask
+        if text is not None and text_mask is not None:
+            self._check_text(text, text_mask)
+            shown = self._hide_captions(text_mask, generator)
+            asked = self._mix_captions(text, shown, generator)
+        latents = self.compressor(image_features, asked, image_mask, shown)
         zero = latents.new_zeros(())
         image_loss = text_loss = bag_loss = contrastive_loss = zero
         if self.image_reader is not None and image_features.shape[1]:
             image_loss = self._image_loss(self.image_reader, latents, image_features, image_mask, generator)
-        if text is not None and text_mask is not None and text.shape[1]:
+        if text is not None and asked is not None and text_mask is not None and text.shape[1]:
             if self.text_reader is not None:
-                errors = self._text_errors(self.text_reader, latents, text, text_mask)
+                errors = self._text_errors(self.text_reader, latents, asked, text_mask)
                 text_loss = _masked_mean(errors, text_mask)
             if self.bag_reader is not None:
-                bag_loss = self._bag_loss(self.bag_reader, latents, text, text_mask)
+                bag_loss = self._bag_loss(self.bag_reader, latents, asked, text_mask)
             if self.log_temperature is not None:
                 contrastive_loss = self._contrastive_loss(
                     self.log_temperature, image_features, text, image_mask, text_mask
@@ -189,11 +212,28 @@ class PerceiverPretrainer(nn.Module):
         )
         return PretrainOutput(loss, image_loss, text_loss, bag_loss, contrastive_loss)
 
-    def _hide_captions(self, text_mask: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
-        if text_mask is None or not self.training or self.caption_dropout == 0.0:
+    def _check_text(self, text: Tensor, text_mask: Tensor) -> None:
+        """What the compressor would not see of a hidden caption, which is a target all the same."""
+        where, vocab_size = "PerceiverPretrainer.forward", self.compressor.vocab_size
+        check_mask(where, "text_mask", text_mask, tuple(text.shape[:2]))
+        ids = vocab_size is not None and text.dim() == 2 and not text.is_floating_point()
+        if vocab_size is not None and ids and may_look(text, training=self.training):
+            check_ids(where, text, vocab_size, text_mask)
+
+    def _hide_captions(self, text_mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not self.training or self.caption_dropout == 0.0:
             return text_mask
         draw = torch.rand(text_mask.shape[0], 1, generator=generator, device=text_mask.device)
         return text_mask & (draw >= self.caption_dropout)
+
+    def _mix_captions(self, text: Tensor, shown: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Captions as they are, but in some rows every token is another of the batch's; hidden rows are left alone."""
+        if not self.training or self.mixed_captions == 0.0:
+            return text
+        draw = torch.rand(text.shape[0], 1, generator=generator, device=text.device)
+        mixed = shown & (draw < self.mixed_captions)
+        drawn = text.flatten(0, 1)[shuffled_places(shown, generator)]
+        return torch.where(mixed if text.dim() == 2 else mixed.unsqueeze(2), drawn, text)
 
     def _image_loss(
         self,
@@ -253,6 +293,17 @@ class PerceiverPretrainer(nn.Module):
 def kept_positions(mask: Tensor) -> Tensor:
     """(B, T) mask to (B, T) positions that count kept tokens only."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def shuffled_places(mask: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B, T) mask to (B, T) indices into B * T places: at the kept places a random order of the kept places.
+
+    Sorted and not selected, so that the host need not wait to learn how many there are.
+    """
+    flat = mask.flatten()
+    draw = torch.rand(flat.shape, generator=generator, device=mask.device)
+    order = (draw + 2.0 * ~flat).argsort()  # kept places first
+    return order[(flat.long().cumsum(0) - 1).clamp(min=0)].view_as(mask)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
