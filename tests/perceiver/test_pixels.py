@@ -174,9 +174,7 @@ def test_what_does_not_fit_is_refused():
             form(torch.zeros(1, 3, 4, 4), torch.zeros(1, 6, dtype=torch.long))
     with pytest.raises(ValueError, match=r"mask must have shape \(1, 3\), got \(1, 2\)"):
         CaptionTokens(9, 5)(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
-    with pytest.raises(
-        ValueError, match=r"CaptionTokens.forward: .* ids from 0 to 8, got 9 at row 0, place 1"
-    ):
+    with pytest.raises(ValueError, match=r"CaptionTokens.forward: .* ids from 0 to 8, got 9 at row 0, place 1"):
         CaptionTokens(9, 5)(torch.tensor([[8, 9]]))
     with pytest.raises(ValueError, match="encoder must read tokens of width 516, got 128"):
         PixelPerceiver(PerceiverEncoder(128))
