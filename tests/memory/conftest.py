@@ -1,8 +1,14 @@
-"""Small banks with known contents, and the naive search they are compared with."""
+"""Small banks with known contents, the naive search they are compared with, and kills at random moments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import random
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -47,3 +53,59 @@ def random_bank() -> Callable[..., MemoryBank]:
 def full_sort() -> Callable[..., list[list[tuple[float, int]]]]:
     """Score every allowed entry of each query, best first: a Python loop over float64 products."""
     return _full_sort
+
+
+def _seconds(write: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    write()
+    return time.perf_counter() - begin
+
+
+def _killed(rounds: Callable[[], Iterable[object]], seed: int, span: float) -> bool:
+    draw = random.Random(seed)
+    started, told = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(told, b"x")
+            for _ in rounds():
+                os.write(told, b"x")
+        except Exception:  # noqa: BLE001 (told to whoever reads the log; the parent sees that nothing had to be killed)
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(told)
+    for _ in range(1 + draw.randrange(3)):
+        if not select.select([started], [], [], 300)[0]:
+            os.kill(child, signal.SIGKILL)
+            raise TimeoutError("the child has not finished a round within five minutes")
+        os.read(started, 1)  # at the end of a child that finished: returns at once
+    time.sleep(draw.uniform(0.0, span))
+    os.kill(child, signal.SIGKILL)
+    os.close(started)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.fixture
+def seconds() -> Callable[[Callable[[], object]], float]:
+    """Say how long one round of writing takes on this machine, now."""
+    return _seconds
+
+
+@pytest.fixture
+def killed() -> Callable[[Callable[[], Iterable[object]], int, float], bool]:
+    """Run the generator ``rounds()`` in a child and kill it within ``span`` seconds of the start of a drawn round.
+
+    The child tells of each round's start (each ``yield`` and the beginning), so that the kill falls into the first, the
+    second or the third round or soon after, however slow the machine is: of the seeds 0 to 19, twelve let a whole round
+    pass. True if it had to be killed.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    return _killed
+
+
+@pytest.fixture
+def kills() -> int:
+    """Kills per kind of writing: 100 over save, add and commit, merge and compact, build, refresh."""
+    return 100 // 5

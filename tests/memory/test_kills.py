@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import time
 from functools import partial
 
-import pytest
 import torch
 
 from tinyalign.memory import BuildOptions, EncodedBatch, MemoryBank, build_memory_bank
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-KILLS = 100 // 5  # per kind of writing
 
 
 def stamped(stamp: int, num: int = 60, start: int = 0) -> MemoryBank:
@@ -26,45 +18,13 @@ def stamped(stamp: int, num: int = 60, start: int = 0) -> MemoryBank:
     return bank
 
 
-def seconds(write) -> float:
-    """How long one round of writing takes on this machine, now."""
-    begin = time.perf_counter()
-    write()
-    return time.perf_counter() - begin
-
-
-def killed(rounds, seed: int, span: float) -> bool:
-    """Run the generator ``rounds()`` in a child and kill it within ``span`` seconds of the start of a drawn round.
-
-    The child tells of each round's start (each ``yield`` and the beginning), so that the kill falls into the first, the
-    second or the third round however slow the machine is. True if it had to be killed.
-    """
-    draw = random.Random(seed)
-    started, told = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.write(told, b"x")
-            for _ in rounds():
-                os.write(told, b"x")
-        finally:
-            os._exit(0)
-    os.close(told)
-    for _ in range(1 + draw.randrange(3)):
-        os.read(started, 1)  # at the end of a child that finished: returns at once
-    time.sleep(draw.uniform(0.0, span))
-    os.kill(child, signal.SIGKILL)
-    os.close(started)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 def stamps(bank: MemoryBank, ids: torch.Tensor) -> set[float]:
     """Every number that keys, values and metadata of some entries carry."""
     values, _ = bank.gather(ids)
     return {*bank.keys(ids).unique().tolist(), *values.unique().tolist(), *(n["stamp"] for n in bank.metadata(ids))}
 
 
-def test_kills_during_save(tmp_path):
+def test_kills_during_save(tmp_path, kills, killed, seconds):
     path = tmp_path / "bank"
     span = 2 * seconds(lambda: stamped(0).save(path))
 
@@ -74,7 +34,7 @@ def test_kills_during_save(tmp_path):
             yield
 
     states = [0]
-    for seed in range(KILLS):
+    for seed in range(kills):
         assert killed(partial(overwrite, seed + 1), seed, span)
         bank = MemoryBank.load(path)
         bank.verify()
@@ -82,10 +42,10 @@ def test_kills_during_save(tmp_path):
         assert len(found) == 1
         states.append(int(found.pop()))
     assert states == sorted(states)
-    assert len(set(states)) > KILLS // 2  # most kills came after a switch, and none mixed
+    assert len(set(states)) > kills // 2  # most kills came after a switch, and none mixed
 
 
-def test_kills_during_add_and_commit(tmp_path):
+def test_kills_during_add_and_commit(tmp_path, kills, killed, seconds):
     path = tmp_path / "bank"
     span = 2 * seconds(lambda: stamped(0).save(path))
     done = tmp_path / "done"
@@ -102,7 +62,7 @@ def test_kills_during_add_and_commit(tmp_path):
             done.write_text(str(stamp))
             yield
 
-    for seed in range(KILLS):
+    for seed in range(kills):
         assert killed(grow, seed, span)
         bank = MemoryBank.load(path)
         bank.verify()
@@ -112,10 +72,10 @@ def test_kills_during_add_and_commit(tmp_path):
             ids = bank.ids[bank.ids // 60 == stamp]
             assert len(ids) == (60 if stamp == bank.generation - 1 else 59)
             assert stamps(bank, ids) == {float(stamp)}
-    assert bank.generation > KILLS // 2
+    assert bank.generation > kills // 2
 
 
-def test_kills_during_merge_and_compact(tmp_path):
+def test_kills_during_merge_and_compact(tmp_path, kills, killed, seconds):
     path = tmp_path / "bank"
     parts = [stamped(1), stamped(1, start=60)]
     span = 3 * seconds(lambda: MemoryBank.merge(parts).save(path))
@@ -130,7 +90,7 @@ def test_kills_during_merge_and_compact(tmp_path):
             yield
 
     sizes = set()
-    for seed in range(KILLS):
+    for seed in range(kills):
         assert killed(rewrite, seed, span)
         bank = MemoryBank.load(path)
         bank.verify()
@@ -140,37 +100,39 @@ def test_kills_during_merge_and_compact(tmp_path):
     assert stamps(bank, bank.ids) == {2.0}
 
 
-def test_kills_during_build(tmp_path):
-    path = tmp_path / "bank"
-    span = 5 * seconds(lambda: stamped(7).save(path))
-    encoded = tmp_path / "encoded"
+def test_kills_during_build(tmp_path, kills, killed, seconds):
+    path, unfinished = tmp_path / "bank", tmp_path / ".bank.build"
+    log = tmp_path / "log"
+
+    def told(line):
+        with open(log, "a") as stream:
+            stream.write(line)
 
     def encode(records):
-        with open(encoded, "a") as log:
-            log.write("".join(f"{r}\n" for r in records))
+        told("encoded\n" * len(records))
         keys = torch.full((len(records), 4), 5.0)
         notes = [{"stamp": 5}] * len(records)
         return EncodedBatch(keys, torch.full((len(records), 16, 16), 5.0), ids=records, metadata=notes)
 
     def build():
-        yield
-        build_memory_bank(
-            range(400), encode, path, batch_size=5, progress=False, options=BuildOptions(metric="ip", commit_every=10)
-        )
+        while True:
+            told("resumed\n" if unfinished.exists() else "fresh\n")
+            options = BuildOptions(metric="ip", commit_every=10)
+            yield build_memory_bank(range(30), encode, path, batch_size=5, progress=False, options=options)
 
-    kills = 0
-    for seed in range(KILLS):
-        if not killed(build, seed, span):
-            break
-        kills += 1
+    span = seconds(lambda: next(build()))
+    found = set()
+    for seed in range(kills):
+        stamped(7).save(path)
+        assert killed(build, seed, span)
         bank = MemoryBank.load(path)
         bank.verify()
-        assert (len(bank), stamps(bank, bank.ids)) in ((60, {7.0}), (400, {5.0}))
-    list(build())
+        found.add(len(bank))
+        assert (len(bank), stamps(bank, bank.ids)) in ((60, {7.0}), (30, {5.0}))
+    assert 30 in found
+    next(build())
     bank = MemoryBank.load(path)
     bank.verify()
-    assert bank.ids.tolist() == list(range(400))
-    assert stamps(bank, bank.ids) == {5.0}
-    if kills >= KILLS // 2:  # each kill costs at most the block under way
-        rebuilt = len(encoded.read_text().splitlines())
-        assert rebuilt <= 2 * 400 + 15 * kills
+    assert bank.ids.tolist() == list(range(30))
+    lines = log.read_text().splitlines()
+    assert lines.count("encoded") <= 30 * lines.count("fresh") + 15 * kills  # a kill costs the block under way

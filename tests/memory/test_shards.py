@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyalign.memory import BankError, MemoryBank, manifest, store, tables
+from tinyalign.memory import BankError, MemoryBank, manifest, shards, store, tables
 from tinyalign.memory.shards import Share, share_of, start_anew, wait_until
 
 
@@ -38,7 +39,7 @@ def test_a_rank_out_of_range(rank, ranks):
 
 def test_waiting_ends_with_the_condition_or_the_time():
     begin = time.monotonic()
-    wait_until(lambda: time.monotonic() > begin + 0.1, 10, "a while")
+    wait_until(lambda: time.monotonic() > begin + 0.1, 120, "a while")
     with pytest.raises(BankError, match="waiting for rank 0 must end within 0 s, got no sign"):
         wait_until(lambda: False, 0.05, "rank 0")
 
@@ -47,9 +48,9 @@ def test_rank_zero_waits_until_all_have_seen_the_bank(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     first, second = Share(0, 2, 0, 5), Share(1, 2, 5, 10)
-    follower = threading.Thread(target=second.follow, args=(work, 10.0))
+    follower = threading.Thread(target=second.follow, args=(work, 120.0))
     follower.start()
-    first.finish(work, 10.0)
+    first.finish(work, 120.0)
     follower.join()
     assert not work.exists()
     with pytest.raises(BankError, match="rank 0 to publish the bank"):
@@ -120,3 +121,24 @@ def test_what_is_too_large_or_never_still(random_bank, tmp_path, monkeypatch):
     bank = random_bank(2)
     with pytest.raises(BankError, match="must stay still long enough to be opened, got 16 new generations"):
         store.open_generation(tmp_path / "bank", "test", mapped=True)
+
+
+def test_a_folder_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
+    work = tmp_path / ".bank.build"
+    for name in (work, tmp_path / ".bank.build.old"):
+        name.mkdir()
+        (name / "shard").touch()
+    rmtree, states = shutil.rmtree, []
+
+    def watched(path, **options):
+        rmtree(path, **options)
+        states.append(sorted(e.name for e in tmp_path.iterdir()))
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    shards.discard(work)
+    assert states == [[".bank.build"], []]
+    work.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: states.append(path.name))  # killed before it deletes
+    shards.discard(work)
+    assert not work.exists()
+    shards.discard(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -175,11 +176,14 @@ class _Shard:
             generator=torch.Generator(),  # the global one stays as it was
         )
         total = end - self.share.begin
-        bar = tqdm(total=total, initial=begin - self.share.begin, unit="record", disable=not progress, desc="encode")
-        with bar:
+        shown: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()  # a hidden bar would start a thread
+        if progress:
+            shown = tqdm(total=total, initial=begin - self.share.begin, unit="record", desc="encode")
+        with shown as bar:
             for span, batch in zip(batches, loader, strict=True):
                 self._take(span, batch, encode, skip=skip)
-                bar.update(len(span))
+                if bar is not None:
+                    bar.update(len(span))
                 stop = span[-1] + 1
                 if self.done + self.options.commit_every <= stop or stop == end:
                     self._commit(stop)

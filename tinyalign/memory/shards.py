@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ class Share(NamedTuple):
             write_json(work / "published.json", {})
             others = [work / f"left-{rank:05d}" for rank in range(1, self.ranks)]
             wait_until(lambda: all(other.exists() for other in others), timeout, "the other ranks to see the bank")
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
 
     def follow(self, work: Path, timeout: float) -> None:
         """On the other ranks: wait until the bank is published."""
@@ -70,12 +71,21 @@ def share_of(num_records: int, batch_size: int, environ: Mapping[str, str] | Non
     return Share(rank, ranks, begin, end)
 
 
+def discard(work: Path) -> None:
+    """Delete a build's folder; renamed first, so that a kill in between leaves nothing that looks like a build."""
+    aside = work.with_name(f"{work.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(work, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def start_anew(work: Path, share: Share) -> None:
     """Delete what a killed build left; several ranks need a process group to agree on the moment."""
     import torch.distributed as dist
 
     if share.ranks == 1:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
         return
     if not (dist.is_available() and dist.is_initialized()):
         if work.exists():
@@ -86,7 +96,7 @@ def start_anew(work: Path, share: Share) -> None:
         return
     dist.barrier()
     if share.rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
     dist.barrier()
 
 
