@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,38 @@ def test_no_labels_at_all_is_nan_and_not_zero() -> None:
     assert rows.positions.shape == (2, 0)
     nll = token_nll(torch.zeros(2, 0, 3), rows.targets)
     assert torch.isnan(nll.sum() / (rows.targets != -100).sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma2"])
+def test_causality_alone_hides_what_stands_on_the_right(build: Any, family: str) -> None:
+    """Right-padded rows without any mask: the same losses and gradients as with it, and no mask reaches the model."""
+    ids, keep = build.pad([build.row(1, "image", 5, 6, 7, 8), build.row(1, "image", 5, 6)])
+    labels = ids.where(keep & (ids > 4), -100)
+    batch = {
+        "input_ids": ids, "attention_mask": keep, "labels": labels, "pixel_values": torch.randn(2, 3, 16, 16),
+        "sample_ids": torch.tensor([0, 1]),
+    }  # fmt: skip
+    found = []
+    for causal_only in (False, True):
+        model = build.model(family).train()
+        given: dict[str, Any] = {}
+        model.language_model.register_forward_pre_hook(
+            lambda _, __, kwargs, given=given: given.update(kwargs), with_kwargs=True
+        )
+        output = model(**batch, causal_only=causal_only)
+        output.loss.backward()
+        assert (given["attention_mask"] is None, given.get("position_ids") is None) == (causal_only, causal_only)
+        found.append((output.per_sample_nll.detach(), model.connector.layers[0].weight.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gap_is_not_hidden_by_causality(build: Any) -> None:
+    ids, keep = build.pad([build.row(1, "image", 5, 6, 7), build.row(1, "image", 5)], left=True)
+    inputs = {"input_ids": ids, "attention_mask": keep, "pixel_values": torch.zeros(2, 3, 16, 16)}
+    with pytest.raises(ValueError, match=r"causal_only must be False where .* got such a gap in rows \[1\]"):
+        build.model()(**inputs, causal_only=True)
+    model = build.model(bank=build.bank(3))  # two neighbours wanted, one is left beside a sample and its twin
+    ids, keep = build.pad([build.row(1, "image", 5)])
+    inputs = {"input_ids": ids, "attention_mask": keep, "pixel_values": torch.zeros(1, 3, 16, 16)}
+    with pytest.raises(ValueError, match=r"got such a gap in rows \[0\]"):
+        model(**inputs, sample_ids=torch.tensor([0]), causal_only=True)

@@ -112,3 +112,45 @@ def test_what_cannot_be_read_is_refused(build: Any) -> None:
         VisionFeatures(build.tower("clip"))(torch.zeros(3, 16, 16))
     with pytest.raises(ValueError, match=r"one token per patch, 4 of them, got features of shape \(1, 3, 4\)"):
         VisionFeatures(Merging(), layer=0)(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_nothing_behind_the_selected_layer_runs_twice(build: Any, kind: str) -> None:
+    """The first call runs the whole tower and compares; later ones leave it where the features are."""
+    tower, pixels = build.tower(kind), torch.randn(3, 3, 16, 16)
+    expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, PREFIX[kind] :]
+    ran = list[str]()
+    for name, part in tower.named_modules():
+        if name:
+            part.register_forward_hook(lambda _, __, ___, name=name: ran.append(name))
+    vision = VisionFeatures(tower)
+    layers = next(part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+    last = next(name for name, part in tower.named_modules() if part is layers[-1])
+    assert torch.equal(vision(pixels), expected)
+    assert last in ran
+    ran.clear()
+    hooks = [len(part._forward_hooks) for part in tower.modules()]
+    assert torch.equal(vision(pixels), expected)
+    assert ran
+    assert not [name for name in ran if name.startswith((last, "head", "post_layernorm", "layernorm"))]
+    assert [len(part._forward_hooks) for part in tower.modules()] == hooks  # ours are gone
+
+
+def test_a_tower_that_changes_its_layers_output_runs_in_full(build: Any) -> None:
+    """The hidden state is not what the layer gave: leaving early would give something else."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build.tower("siglip")
+            self.config = self.inner.config
+
+        def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+            output = self.inner(pixel_values=pixel_values, output_hidden_states=True)
+            return SimpleNamespace(hidden_states=tuple(2 * state for state in output.hidden_states))
+
+    tower, pixels = Doubling(), torch.randn(2, 3, 16, 16)
+    expected = tower(pixels).hidden_states[-2]
+    vision = VisionFeatures(tower)
+    assert torch.equal(vision(pixels), expected)
+    assert torch.equal(vision(pixels), expected)

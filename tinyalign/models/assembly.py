@@ -33,18 +33,20 @@ class Batch(NamedTuple):
     retrieved: Any = None
     query_text_ids: Tensor | None = None
     query_text_mask: Tensor | None = None
+    causal_only: bool = False
 
 
 class Embedded(NamedTuple):
     """What the language model reads.
 
     Shape:
-        embeds: (B, S + T, D). attention_mask: (B, S + T), bool. position_ids: (B, S + T). labels: (B, S + T) or None.
+        embeds: (B, S + T, D). attention_mask: (B, S + T), bool, and position_ids: (B, S + T), both None where
+        causality hides all padding. labels: (B, S + T) or None.
     """
 
     embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
     labels: Tensor | None
     retrieved: Retrieved | None
 
@@ -87,7 +89,22 @@ def embed_batch(model: TinyAlignVLM, batch: Batch, arm: str) -> Embedded:
         place = insertion_points(keep, is_image, _starts_with_bos(model, ids, keep))
         embeds, extended, _ = splice_tokens(embeds, tokens, place, companions)
         keep, labels = extended["attention_mask"], extended.get("labels")
+    if batch.causal_only:
+        _check_causal_only(keep)
+        return Embedded(embeds, None, None, labels, retrieved)
     return Embedded(embeds, keep, position_ids_of(keep), labels, retrieved)
+
+
+def _check_causal_only(keep: Tensor) -> None:
+    """On the CPU, where asking costs nothing: padding stands on the right alone."""
+    if keep.device.type != "cpu":
+        return
+    gaps = ((keep[:, 1:] & ~keep[:, :-1]).any(dim=1) | ~keep[:, 0]).nonzero().flatten()
+    if gaps.numel():
+        raise ValueError(
+            f"TinyAlignVLM.forward: causal_only must be False where a position before a kept one is masked, got such a "
+            f"gap in rows {gaps.tolist()}. Leave it out for left padding and for rows with too few neighbours."
+        )
 
 
 def _image_features(model: TinyAlignVLM, batch: Batch, is_image: Tensor) -> tuple[Tensor, Tensor]:

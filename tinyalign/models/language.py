@@ -51,7 +51,7 @@ def read_language(
     labels, retrieved = embedded.labels, embedded.retrieved
     given = {name: value for name, value in kwargs.items() if value is not None}
     if "position_ids" in inspect.signature(_unwrapped(language_model).forward).parameters:
-        given["position_ids"] = embedded.position_ids
+        given |= {} if embedded.position_ids is None else {"position_ids": embedded.position_ids}
     if labels is not None:
         given.setdefault("use_cache", False)
     given |= {"inputs_embeds": embedded.embeds, "attention_mask": embedded.attention_mask}
@@ -102,6 +102,7 @@ def write_language(language_model: Any, embedded: Embedded, kwargs: dict[str, An
     if "pad_token_id" not in kwargs and getattr(settings, "pad_token_id", None) is None:
         ends = getattr(settings, "eos_token_id", None)
         kwargs["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    assert embedded.attention_mask is not None  # prompts are padded on the left
     mask = embedded.attention_mask.long()
     return language_model.generate(inputs_embeds=embedded.embeds, attention_mask=mask, **kwargs)
 

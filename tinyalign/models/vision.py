@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyalign._files import hash_tensors
+from tinyalign.models.early_exit import early_exit, output_of, run_until
 
 
 class VisionFeatures(nn.Module):
@@ -17,7 +18,8 @@ class VisionFeatures(nn.Module):
     Towers differ in what stands before the patches: SigLIP has nothing there, CLIP and DINOv2 a CLS token, others
     registers as well. The number of patches follows from the picture's size and the patch size; whatever precedes them
     is dropped, so that no rule has to be stated per tower and no patch is lost. While nothing in the tower trains it
-    runs without gradients, and it is always in evaluation mode: features that keys are made of must not vary.
+    runs without gradients, and it is always in evaluation mode: features that keys are made of must not vary. The
+    first call runs the whole tower and sees which of its layers gives the features; later calls end there.
 
     Args:
         tower: a vision model whose output has `hidden_states` and whose config has `patch_size`; a CLIP or SigLIP
@@ -59,6 +61,8 @@ class VisionFeatures(nn.Module):
             )
         self.tower = tower
         self.layer, self.patch_size = layer, patch
+        self._exit = early_exit(tower, layer % (layers + 1))
+        self._exit_is_known = False
         self.tower.eval()
 
     @property
@@ -93,7 +97,23 @@ class VisionFeatures(nn.Module):
             )
         trains = any(parameter.requires_grad for parameter in self.tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            output = self.tower(pixel_values=pixel_values.to(self.dtype), output_hidden_states=True)
+            features = self._run(pixel_values.to(self.dtype))
+        patches = (pixel_values.shape[2] // self.patch_size) * (pixel_values.shape[3] // self.patch_size)
+        if features.dim() != 3 or features.shape[1] < patches:
+            raise ValueError(
+                f"VisionFeatures.forward: tower must give one token per patch, {patches} of them, got features of "
+                f"shape {tuple(features.shape)}. Towers that merge patches are not supported."
+            )
+        return features[:, features.shape[1] - patches :]
+
+    def _run(self, pixel_values: Tensor) -> Tensor:
+        """Hidden state of the selected layer, from no more of the tower than that takes."""
+        compiling = torch.compiler.is_compiling()
+        module = None if self._exit is None or compiling else self.tower.get_submodule(self._exit)
+        if module is not None and self._exit_is_known:
+            return run_until(self.tower, module, pixel_values)
+        with output_of(module) as seen:
+            output = self.tower(pixel_values=pixel_values, output_hidden_states=True)
         layers: Any = self.tower.config.num_hidden_layers  # type: ignore[union-attr]
         if len(output.hidden_states) != layers + 1:
             raise ValueError(
@@ -103,13 +123,10 @@ class VisionFeatures(nn.Module):
                 f"on its own."
             )
         features: Tensor = output.hidden_states[self.layer]
-        patches = (pixel_values.shape[2] // self.patch_size) * (pixel_values.shape[3] // self.patch_size)
-        if features.dim() != 3 or features.shape[1] < patches:
-            raise ValueError(
-                f"VisionFeatures.forward: tower must give one token per patch, {patches} of them, got features of "
-                f"shape {tuple(features.shape)}. Towers that merge patches are not supported."
-            )
-        return features[:, features.shape[1] - patches :]
+        if module is not None:
+            self._exit_is_known = len(seen) == 1 and torch.equal(seen[0], features)
+            self._exit = self._exit if self._exit_is_known else None
+        return features
 
     def fingerprint(self) -> dict[str, str | int]:
         """Name what makes the features: architecture, weights and layer.

@@ -263,6 +263,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         max_supervised_tokens: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        causal_only: bool = False,
         **kwargs: Any,
     ) -> TinyAlignOutput | tuple[Any, ...]:
         """Read a batch; with labels, learn from it.
@@ -287,6 +288,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             max_supervised_tokens: the most supervised tokens of any row, if known.
             num_items_in_batch: what the loss is divided by instead of this batch's supervised tokens.
             return_logits: whether to compute logits everywhere; by default only outside training or without labels.
+            causal_only: no mask is needed: rows are padded on the right alone, and every neighbour was found.
             kwargs: passed on to the language model.
         """
         return_dict = kwargs.pop("return_dict", True)
@@ -299,7 +301,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
         batch = Batch(
             input_ids, attention_mask, labels, pixel_values, image_features, image_counts, sample_ids, groups,
-            neighbour_ids, neighbour_scores, retrieved, query_text_ids, query_text_mask,
+            neighbour_ids, neighbour_scores, retrieved, query_text_ids, query_text_mask, causal_only,
         )  # fmt: skip
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             output = continue_language(self.language_model, batch, past_key_values, use_cache, kwargs)

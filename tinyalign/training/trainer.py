@@ -1,0 +1,127 @@
+"""Hugging Face's `Trainer` with checkpoints that hold what was trained, and that a kill or a full disk cannot spoil."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tinyalign.models import TinyAlignVLM
+from tinyalign.models.checkpoint import note_memory
+from tinyalign.training.checkpoints import (
+    WRITE_FAILURES,
+    CheckpointError,
+    is_write_failure,
+    last_whole_checkpoint,
+    load_trained,
+    prune,
+    save_trained,
+    seal,
+)
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Train a `TinyAlignVLM` for one stage.
+
+    Everything is `Trainer`'s (devices, DDP, FSDP, DeepSpeed, precision, schedules, tracking) but for its checkpoints.
+    They hold the parameters that train, not the frozen tower and language model, with the config and the bank's place
+    relative to the checkpoint; a seal is written when all files are on the disk, and `resume` goes by it. Under FSDP
+    and DeepSpeed the weights are written by those, sharded, and only the seal is added.
+
+    Args:
+        model: the model, already frozen for its stage.
+        options: as for `Trainer`.
+
+    Raises:
+        TypeError: another model.
+        CheckpointError: a checkpoint that could not be written, or that belongs to another run.
+    """
+
+    def __init__(self, model: TinyAlignVLM, **options: Any) -> None:
+        if not isinstance(model, TinyAlignVLM):
+            raise TypeError(
+                f"StageTrainer: model must be a TinyAlignVLM, got {type(model).__name__}. Use transformers' Trainer "
+                f"for a model with attach_memory."
+            )
+        super().__init__(model=model, **options)
+
+    def resume(self) -> Any:
+        """Train from the newest whole checkpoint of the output folder, or from the start where there is none."""
+        checkpoint = last_whole_checkpoint(self.args.output_dir)
+        return self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def save_whole(self, folder: str | Path) -> None:
+        """Write the complete model, as `TinyAlignVLM.from_pretrained` reads it; LoRA is merged first.
+
+        Files are written aside and renamed, the config last: a kill leaves an earlier model whole.
+
+        Raises:
+            CheckpointError: there is no room.
+        """
+        model = self._unwrapped()
+        state = None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if hasattr(model.language_model, "merge_and_unload"):
+            model.language_model = model.language_model.merge_and_unload()
+        if not self.is_world_process_zero():
+            return
+        folder = Path(folder)
+        aside = folder.with_name(f".{folder.name}.saving")  # a sibling, so that the bank's relative place holds
+        try:
+            model.save_pretrained(aside, state_dict=state)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, folder / path.name)
+        except WRITE_FAILURES as error:
+            if not is_write_failure(error):
+                raise
+            raise CheckpointError(
+                f"StageTrainer.save_whole: {folder} must have room for the model, got {error}. Free some and run the "
+                f"same command again: training goes on from its last checkpoint."
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        model, folder = self._unwrapped(), Path(self.args.output_dir if output_dir is None else output_dir)
+        save_trained(model, folder, state_dict)
+        note_memory(model, folder)
+        model.config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self._unwrapped() if model is None else model, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when the new one is sealed
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every rank writes its own state
+            if self.args.should_save:
+                seal(folder)
+                prune(folder.parent, keep)
+        except WRITE_FAILURES as error:
+            if not is_write_failure(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            before = last_whole_checkpoint(folder.parent)
+            raise CheckpointError(
+                f"StageTrainer: {folder} must be writable to its end, got {type(error).__name__}: {error}. Free some "
+                f"room and run the same command again: it goes on from {'the start' if before is None else before}."
+            ) from error
+        finally:
+            self.args.save_total_limit = keep
