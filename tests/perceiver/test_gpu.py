@@ -8,9 +8,11 @@ import torch
 from tinyalign._attention.backends import AttentionSpec, Xformers
 from tinyalign._attention.dispatch import attend_packed
 from tinyalign._attention.packing import pack
+from tinyalign.connectors import RAGConnector
 from tinyalign.perceiver import (
     PerceiverCompressor,
     PerceiverEncoder,
+    PerceiverPretrainer,
     PerceiverSizes,
     attend,
     attention_report,
@@ -162,6 +164,45 @@ def test_compiles_whole_on_the_device():
         torch.testing.assert_close(
             torch.compile(encoder, fullgraph=True)(inputs), encoder(inputs), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [96, 64])
+def test_pooled_retrieval_tokens_equal_the_cpu(dtype, backend, width):
+    need(backend, dtype, "dense", width)
+    torch.manual_seed(0)
+    connector = RAGConnector(width, 32, num_tokens=8).to(dtype)
+    latents, mask = torch.randn(3, 5, 32, width).to(dtype), torch.arange(5) < torch.tensor([[5], [2], [0]])
+    expected = connector.double()(latents.double(), mask).tokens.detach()
+    there = connector.to(dtype).cuda()
+    with use_attention_backend(backend):
+        got = there(latents.cuda(), mask.cuda()).tokens
+        got.square().sum().backward()
+    assert_near(got.detach(), expected, dtype, factor=4.0)
+    assert all(weight.grad.isfinite().all() for weight in there.parameters())
+
+
+def test_a_training_step_waits_for_the_device_once_at_most():
+    """The first step learns the scale of the features; with one cross-attention the later ones never look."""
+    compressor = PerceiverCompressor(48, vocab_size=100, fusion="joint", sizes=PerceiverSizes(num_self_attends=1))
+    pretrainer = PerceiverPretrainer(
+        compressor, num_patches=8, caption_dropout=0.3, mixed_captions=0.5, contrastive_weight=1.0
+    ).cuda()
+    image, text = torch.randn(4, 30, 48, device="cuda"), torch.randint(0, 100, (4, 17), device="cuda")
+    text_mask = torch.ones(4, 17, dtype=torch.bool, device="cuda")
+    pretrainer(image, text, None, text_mask).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pretrainer(image, text, None, text_mask).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_id_outside_the_table_is_named_while_not_training():
+    compressor = PerceiverCompressor(48, vocab_size=100, sizes=PerceiverSizes(num_self_attends=1)).cuda().eval()
+    with pytest.raises(ValueError, match="ids from 0 to 99, got 100 at row 0, place 1"):
+        compressor(torch.randn(1, 3, 48, device="cuda"), torch.tensor([[5, 100]], device="cuda"))
 
 
 def test_nothing_waits_for_the_device_without_a_mask():

@@ -63,10 +63,8 @@ _requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _choose(spec: AttentionSpec, backend: str) -> tuple[Backend, str]:
     name, chosen_by = (backend, "the argument") if backend != "auto" else _requested()
     if name == "auto":
-        for candidate in BACKENDS.values():
-            if not candidate.reasons_against(spec):
-                return candidate, "auto"
-        name, chosen_by = "reference", "auto"
+        able = [candidate for candidate in BACKENDS.values() if not candidate.reasons_against(spec)]
+        return able[0], "auto"  # the reference is always among them
     if name not in BACKENDS:
         raise AttentionBackendError(
             f"attend: backend must be one of {['auto', *BACKENDS]}, got {name!r} from {chosen_by}. "
@@ -206,6 +204,8 @@ def attend_packed(
             f"{tuple(k.shape)} and {tuple(v.shape)}. Project the packed tokens."
         )
     q = q.expand(packed.keep.shape[0], -1, -1, -1)
+    if q.shape[0] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[2])
     spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[2], "packed")
     chosen, chosen_by = _choose(spec, backend)
     _last_run[spec] = (chosen.name, chosen_by)

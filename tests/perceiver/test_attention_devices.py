@@ -1,0 +1,159 @@
+"""Paths that only a GPU takes, followed on the CPU with stand-ins; `test_gpu.py` runs the real ones."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tinyalign._attention import attend_packed, attention_report, backends, dispatch, pack
+from tinyalign._attention.backends import AttentionSpec, Reference, Sdpa, Xformers
+from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes
+
+
+class Here(TorchFunctionMode):
+    """What is asked for on CUDA is made on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def claims_cuda(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in for xformers that computes, and writes down what it was asked."""
+    calls = []
+
+    class BlockDiagonalMask:
+        @classmethod
+        def from_seqlens(cls, q_lengths, k_lengths, *, device=None):
+            return torch.block_diag(*(torch.ones(m, n) for m, n in zip(q_lengths, k_lengths, strict=True))).bool()
+
+    def memory_efficient_attention(q, k, v, attn_bias=None, scale=None):
+        calls.append((tuple(q.shape), q.dtype, None if attn_bias is None else attn_bias.dtype, scale))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_bias, scale=scale
+        )
+        return out.transpose(1, 2)
+
+    ops, fmha, bias = type(sys)("xformers.ops"), type(sys)("xformers.ops.fmha"), type(sys)("attn_bias")
+    ops.memory_efficient_attention, ops.fmha, fmha.attn_bias = memory_efficient_attention, fmha, bias
+    bias.BlockDiagonalMask = BlockDiagonalMask
+    package = type(sys)("xformers")
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "dense", "packed"])
+def test_the_trial_call_is_one_real_call_of_16_tokens_waited_for(monkeypatch, library, dtype, mask):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(library)))
+    backend, spec = Xformers(), AttentionSpec("cuda", dtype, 16, 16, mask)
+    with Here():
+        assert backend.reasons_against(spec) == ()
+        assert backend.reasons_against(spec) == ()
+    bias = {"none": None, "dense": dtype, "packed": torch.bool}[mask]
+    assert library == [((1, 16, 1, 16), dtype, bias, 0.25)]
+    assert waited == [1]
+
+
+def test_what_runs_on_cuda_is_xformers_once_its_trial_succeeds(monkeypatch, library):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", {b.name: b for b in (Xformers(), Sdpa(), Reference())})
+    with Here():
+        report = attention_report("cuda", torch.float16, head_dim=16, mask="packed")
+        assert (report.backend, report.chosen_by, report.reasons["xformers"]) == ("xformers", "auto", ())
+        assert attention_report("cuda", torch.float16, head_dim=12).backend == "sdpa"
+        assert attention_report("cuda", torch.float64, head_dim=16).backend == "sdpa"
+        assert attention_report("cuda", torch.float32, head_dim=12).backend == "xformers"
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.float16, 8), (torch.bfloat16, 8)])
+def test_xformers_wants_widths_of_its_multiple(monkeypatch, dtype, multiple):
+    backend = Xformers()
+    monkeypatch.setattr(backend, "_trial_call", lambda dtype, mask: None)
+    for width in range(1, 20):
+        spec = AttentionSpec("cuda", dtype, width, 16, "none")
+        for one in (spec, spec._replace(head_dim=16, value_dim=width)):
+            assert bool(backend.reasons_against(one)) == (width % multiple != 0)
+
+
+def test_packed_rows_may_be_none_at_all(monkeypatch):
+    """A kernel for ragged rows asks for the longest one, and of none there is none."""
+    monkeypatch.setattr(backends, "_varlen_takes", lambda q, v: True)
+    packed = pack(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.bool))
+    got = attend_packed(torch.zeros(1, 2, 5, 4), torch.zeros(0, 2, 4), torch.zeros(0, 2, 6), packed)
+    assert got.shape == (0, 2, 5, 6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_masked_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cuda, training, masked):
+    seen = []
+    run = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, scale=None):
+        seen.append((None if attn_mask is None else attn_mask.stride(-2), torch.backends.cuda.cudnn_sdp_enabled()))
+        return run(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    q, k, v = (torch.randn(2, 2, 5, 4) for _ in range(3))
+    keep = torch.tensor([True, True, False, True, True]).expand(2, 1, 1, 5) if masked else None
+    for one in (0, 1, 2):
+        qkv = [tensor.clone().requires_grad_(training and one == at) for at, tensor in enumerate((q, k, v))]
+        got = Sdpa().run(*qkv, keep, 0.3)
+        torch.testing.assert_close(got, Reference().run(*qkv, keep, 0.3))
+    assert seen == [(8 if masked else None, before and not (masked and training))] * 3
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    seen.clear()
+    with torch.no_grad():
+        Sdpa().run(*(tensor.requires_grad_() for tensor in (q, k, v)), keep, 0.3)
+    assert seen == [(8 if masked else None, before)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "takes"),
+    [
+        (torch.float16, (16, 16), True),
+        (torch.bfloat16, (8, 8), True),
+        (torch.float32, (16, 16), False),
+        (torch.float16, (12, 12), False),
+        (torch.float16, (16, 24), False),
+    ],
+)
+def test_torch_s_varlen_kernel_gets_what_it_takes(claims_cuda, dtype, widths, takes):
+    q, v = (torch.zeros(1, 1, 1, width, dtype=dtype) for width in widths)
+    assert backends._varlen_takes(q, v) == takes
+
+
+def test_varlen_stays_on_cuda():
+    q = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
+    assert not backends._varlen_takes(q, q)
+
+
+def test_ragged_captions_on_cuda_go_packed_and_others_do_not(monkeypatch, claims_cuda):
+    sizes = PerceiverSizes(token_dim=16, num_latents=4, latent_dim=8, num_self_attends=1, num_heads=2)
+    compressor = PerceiverCompressor(12, vocab_size=40, sizes=sizes).eval()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dispatch, "_last_run", {})
+    image, text = torch.randn(3, 6, 12), torch.randint(0, 40, (3, 5))
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    value = compressor(image, text, None, mask)
+    assert "packed" in {spec.mask for spec in attention_report().ran}
+    dispatch._last_run.clear()
+    torch.testing.assert_close(compressor(image[:1], text[:1]), value[:1])
+    assert "packed" not in {spec.mask for spec in attention_report().ran}
+    assert compressor(image[:0], text[:0], None, mask[:0]).shape == (0, 4, 8)
