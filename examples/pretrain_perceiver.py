@@ -211,12 +211,12 @@ def run(arguments: argparse.Namespace, sizes: PerceiverSizes, **overrides: objec
     print(f"saved to {arguments.output / 'compressor'}, fingerprint {compressor.fingerprint()}")
 
 
-def smoke(folder: Path) -> None:
+def make_inputs(folder: Path, count: int = SMOKE_SCENES) -> argparse.Namespace:
     """Everything that a real run reads, made on the spot: a LLaVA file, images, a vision tower, a tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-    scenes = DigitScenes("memory", SMOKE_SCENES, seed=SEED)
+    scenes = DigitScenes("memory", count, seed=SEED)
     records, vocabulary = [], {"<pad>": 0, "<unk>": 1}
     for sample in scenes:
         sample.images[0].save(folder / f"{sample.sample_id}.png")
@@ -237,7 +237,7 @@ def smoke(folder: Path) -> None:
     )
     SiglipVisionModel(config).save_pretrained(folder / "vision")
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vision")
-    arguments = argparse.Namespace(
+    return argparse.Namespace(
         data=folder / "data.json",
         images=folder,
         vision=str(folder / "vision"),
@@ -246,8 +246,11 @@ def smoke(folder: Path) -> None:
         features=folder / "features.npy",
         output=folder / "run",
     )
+
+
+def smoke(folder: Path) -> None:
     run(
-        arguments,
+        make_inputs(folder),
         SMOKE_SIZES,
         max_steps=SMOKE_STEPS,
         learning_rate=3e-3,
