@@ -47,8 +47,8 @@ def count_flops(
     The same convention as `torch.utils.flop_counter.FlopCounterMode`, with attention computed in full (a kernel that
     leaves out the masked half, or computes scores again in the backward pass, does fewer or more). The tower counts up
     to the selected layer; where that is the last one it runs whole, and a pooling head is not counted. Arm, K, pooling
-    and depth are the config's. Neighbours are taken as found before, as in training; their search costs 2 * M * D a query
-    with M entries of width D.
+    and depth are the config's. Neighbours are taken as found before, as in training; their search costs 2 * M * D a
+    query with M entries of width D.
 
     Args:
         config: of the model.
