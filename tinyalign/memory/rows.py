@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyalign.memory.lookup import IdLookup
 from tinyalign.memory.segment import Columns, FixedSegment, GrowingSegment, Segment
 
 
@@ -36,8 +37,8 @@ class RowSource(Protocol):
 class RowTable:
     """Rows are numbered through the segments in order; a removed row keeps its number until the bank is compacted.
 
-    Finding an id is a binary search over the fixed segments plus a dict over the growing one, so neither a mapped bank
-    of half a million entries nor many small adds ever build a large dict.
+    Finding an id is a look-up over the fixed segments plus a dict over the growing one, so neither a mapped bank of
+    half a million entries nor many small adds ever build a large dict.
     """
 
     def __init__(self, template: Columns) -> None:
@@ -45,7 +46,7 @@ class RowTable:
         self._segments: list[Segment] = []
         self._dead = np.zeros(0, dtype=np.int64)  # sorted row numbers
         self._recent: dict[int, int] = {}  # id -> row, for the growing segment
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None  # ids and rows of the live fixed rows
+        self._lookup: IdLookup | None = None  # of the live fixed rows
         self._joined: dict[str, np.ndarray] = {}
         self.version = 0  # counts every change
         self.changed = False  # rows were removed since the table was made
@@ -118,7 +119,7 @@ class RowTable:
         self.mark_dead(rows)
 
     def _forget(self) -> None:
-        self._sorted = None
+        self._lookup = None
         self._joined.clear()
         self.version += 1
 
@@ -134,26 +135,19 @@ class RowTable:
         rows = np.arange(self.total, dtype=np.int64)
         return np.delete(rows, self._dead) if len(self._dead) else rows
 
-    def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._sorted is None:
+    def _known(self) -> IdLookup:
+        if self._lookup is None:
             growing = bool(self._segments) and isinstance(self._segments[-1], GrowingSegment)
             fixed = self.total - (len(self._segments[-1]) if growing else 0)
             rows = np.arange(fixed, dtype=np.int64)
             rows = np.delete(rows, self._dead[self._dead < fixed]) if len(self._dead) else rows
-            ids = self.column("ids")[rows]
-            order = np.argsort(ids, kind="stable")
-            self._sorted = ids[order], rows[order]
-        return self._sorted
+            self._lookup = IdLookup(self.column("ids")[rows], rows)
+        return self._lookup
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """Return the row of each id, -1 where the bank has none; any shape."""
         flat = ids.reshape(-1)
-        known, rows = self._index()
-        found = np.full(flat.shape, -1, dtype=np.int64)
-        if len(known):
-            at = np.minimum(np.searchsorted(known, flat), len(known) - 1)
-            hit = known[at] == flat
-            found[hit] = rows[at[hit]]
+        found = self._known().find(flat)
         if self._recent:
             for position in np.flatnonzero(found < 0).tolist():
                 found[position] = self._recent.get(int(flat[position]), -1)
