@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ from transformers import (
 
 from tinyalign.memory import MemoryBank
 from tinyalign.models import TinyAlignVLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # attach_families, for tests and for the processes that they start
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 TEXT = {

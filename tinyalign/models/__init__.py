@@ -2,14 +2,15 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from tinyalign.models.attach import AttachedVLM, attach_memory
+from tinyalign.models.attach import attach_memory
 from tinyalign.models.attach_checkpoint import load_attached
+from tinyalign.models.attached import AttachedVLM
 from tinyalign.models.configuration import IMAGE_TOKEN_ID, TinyAlignConfig
 from tinyalign.models.outputs import Retrieved, TinyAlignOutput
 from tinyalign.models.pair_encoder import EncodedPair, PairEncoder
 from tinyalign.models.processor import TinyAlignProcessor
-from tinyalign.models.rag_inputs import splice_rag
-from tinyalign.models.rag_query import TowerQuery
+from tinyalign.models.rag_inputs import instruction_of, splice_rag
+from tinyalign.models.rag_query import TowerQuery, token_codes
 from tinyalign.models.retrieval import ARMS, arm_neighbours
 from tinyalign.models.sample_encoder import SampleEncoder
 from tinyalign.models.splice import SplicedBatch, splice_tokens
@@ -39,8 +40,10 @@ __all__ = [
     "VisionFeatures",
     "arm_neighbours",
     "attach_memory",
+    "instruction_of",
     "load_attached",
     "pack_images",
     "splice_rag",
     "splice_tokens",
+    "token_codes",
 ]

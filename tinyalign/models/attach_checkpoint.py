@@ -12,8 +12,9 @@ from torch import nn
 
 from tinyalign._files import replace_directory
 from tinyalign.connectors import RAGConnector
-from tinyalign.memory import MemoryBank
-from tinyalign.models.attach import AttachedVLM, attach_memory
+from tinyalign.memory import FingerprintMismatch, MemoryBank
+from tinyalign.models.attach import attach_memory, check_query
+from tinyalign.models.attached import AttachedVLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 FORMAT_NUMBER = 1
@@ -35,6 +36,7 @@ def save_attached(aligned: AttachedVLM, path: Any) -> None:
         "retrieval": aligned.retrieval,
         "retrieval_seed": aligned.retrieval_seed,
         "memory_path": bank,
+        "query": aligned.query_fingerprint(),
         "connector": {
             "latent_dim": connector.latent_dim,
             "output_dim": connector.output_dim,
@@ -69,6 +71,7 @@ def load_attached(
 
     Raises:
         ValueError: another format, another class of model, or weights that are missing or unexpected, by name.
+        FingerprintMismatch: queries that are not made as the bank's keys were, or not as when the adapter was saved.
     """
     path = Path(path)
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -77,8 +80,7 @@ def load_attached(
         if config[name] != expected:
             raise ValueError(
                 f"{where}: {name} must be {expected!r}, got {config[name]!r} in {str(path)!r}. Attach it to the model "
-                f"it "
-                f"was trained on, with the version that wrote it."
+                f"it was trained on, with the version that wrote it."
             )
     if memory is None and config["memory_path"] is not None and (path / config["memory_path"]).is_dir():
         memory = MemoryBank.load(path / config["memory_path"], mmap=True)
@@ -100,4 +102,16 @@ def load_attached(
             f"{strange[:5]}. Wrap the model (PEFT) as it was when the adapter was saved."
         )
     aligned.load_state_dict(weights, strict=False)
+    try:  # now that the tower is what it was when the adapter was saved
+        check_query(aligned)
+        made_by, saved = aligned.query_fingerprint() or {}, config.get("query") or {}
+        other = sorted(name for name in {*made_by, *saved} if made_by.get(name) != saved.get(name))
+        if made_by and saved and other:
+            raise FingerprintMismatch(
+                f"{where}: query must be made as it was when {str(path)!r} was saved, got a difference in {other}. "
+                f"Load onto the model that was attached, with the same query=."
+            )
+    except FingerprintMismatch:
+        aligned.detach()
+        raise
     return aligned

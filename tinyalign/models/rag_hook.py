@@ -69,9 +69,11 @@ class EmbeddingPlug:
             self.tokens, self.offset, self._marked = None, None, None
 
     def remove(self) -> None:
-        """Take both hooks off."""
+        """Take both hooks off, and what copies of them were left in modules that copy others."""
         for handle in self._handles:
             handle.remove()
+        for module in self.model.modules():
+            _sweep(module)
         self._handles, self._module = [], None
 
     def install(self) -> None:
@@ -132,6 +134,20 @@ class EmbeddingPlug:
                 f"EmbeddingPlug: rows must hold at most the {T} retrieval tokens that were retrieved, got "
                 f"{int(total.max())}. Let aligned.processor place them, with the k of this call."
             )
+
+
+def is_plugged(model: nn.Module) -> bool:
+    """Whether a plug writes into any embedding of this model, be it wrapped or not."""
+    hooks: list[Any] = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return any(isinstance(hook, _Hook) and hook.plug is not None for hook in hooks)
+
+
+def _sweep(module: nn.Module) -> None:
+    """Take off what a copy of another module brought along."""
+    kinds: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    for hooks in kinds:
+        for number in [n for n, hook in hooks.items() if isinstance(hook, _Hook) and hook.plug is None]:
+            del hooks[number]
 
 
 class _Hook:

@@ -24,6 +24,7 @@ _NOT_PER_TOKEN = (
     "neighbour", "query_", "qformer_", "video", "second_per_grid", "num_crops", "max_supervised",
 )  # fmt: skip
 _IMAGE_IDS = ("image_token_id", "image_token_index", "media_token_id")
+_START_IDS = ("vision_start_token_id", "boi_token_id", "boi_token_index")
 _END_IDS = ("vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_token_id", "end_image_token_id")
 _END_TOKENS = (
     "image_end_token",
@@ -103,6 +104,56 @@ def splice_rag(
     return {**batch, **spliced.companions}
 
 
+def instruction_of(
+    batch: Mapping[str, Any], *, image_ids: Sequence[int] = (), rag_token_id: int | None = None, pad_id: int = 0
+) -> dict[str, Any]:
+    """Return a batch as it was before anything was answered, for whatever makes queries of it.
+
+    `labels` are gone, supervised ids are blanked, and `attention_mask` keeps the instruction alone: neither padding,
+    nor image placeholders, nor retrieval tokens, nor anything from the first supervised token on. Shapes stay.
+
+    Args:
+        batch: `input_ids` and what stands beside them.
+        image_ids: ids of image placeholders, and of what closes an image; they stay in `input_ids`.
+        rag_token_id: id of retrieval tokens, blanked as well.
+        pad_id: what ids are blanked with; padding where there is no `attention_mask`.
+
+    Example:
+        >>> ids, labels = torch.tensor([[1, 9, 5, 6]]), torch.tensor([[-100, -100, -100, 6]])
+        >>> asked = instruction_of({"input_ids": ids, "labels": labels}, image_ids=[9])
+        >>> asked["input_ids"].tolist(), asked["attention_mask"].tolist()
+        ([[1, 9, 5, 0]], [[1, 0, 1, 0]])
+    """
+    ids, labels, given = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    image = torch.isin(ids, torch.tensor(list(image_ids), dtype=torch.long, device=ids.device))
+    keep = given.bool() if isinstance(given, Tensor) and given.shape == ids.shape else ids != pad_id
+    keep = keep & ~image
+    blank = torch.zeros_like(image) if rag_token_id is None else ids == rag_token_id
+    if labels is not None:
+        keep = keep & ((labels != -100).cumsum(dim=1) == 0)
+        blank = blank | ((labels != -100) & ~image)
+    asked = {name: value for name, value in batch.items() if name != "labels"}
+    return {**asked, "input_ids": ids.masked_fill(blank, pad_id), "attention_mask": (keep & ~blank).to(ids.dtype)}
+
+
+def check_companions(ids: Tensor, batch: Mapping[str, Any], where: str) -> None:
+    """Refuse tensors beside `input_ids` that have another length: models read some of them without an error.
+
+    Raises:
+        ValueError: one of them is shorter or longer, by name.
+    """
+    for name in (*FILL, "cross_attention_mask"):
+        value = batch.get(name)
+        own_mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() != 2  # a user's (B, 1, S, S)
+        if not isinstance(value, Tensor) or name.startswith("qformer_") or own_mask:
+            continue
+        if value.shape[:2] != ids.shape:
+            raise ValueError(
+                f"{where}: {name} must have the shape of input_ids {tuple(ids.shape)}, got {tuple(value.shape)}. "
+                f"Splice it with the batch: aligned.splice(batch)."
+            )
+
+
 def placement_of(model: Any, processor: Any) -> dict[str, Any]:
     """Read off a model and its processor which ids are images, which close them, and which is BOS."""
     tokenizer = getattr(processor, "tokenizer", None) if processor is not None else None
@@ -115,6 +166,19 @@ def placement_of(model: Any, processor: Any) -> dict[str, Any]:
         end_ids |= {tokenizer.convert_tokens_to_ids(str(token)) for token in named if token is not None}
     bos = getattr(tokenizer, "bos_token_id", None) if tokenizer is not None else getattr(text, "bos_token_id", None)
     return {"image_ids": sorted(image_ids), "end_ids": sorted(i for i in end_ids if isinstance(i, int)), "bos_id": bos}
+
+
+def image_markers(model: Any) -> list[int]:
+    """Ids of placeholders and of what opens and closes an image: none of them is a word of the instruction."""
+    return sorted(_ids_of((model.config,), (*_IMAGE_IDS, *_START_IDS, *_END_IDS)))
+
+
+def pad_of(model: Any) -> int:
+    """Id of padding, 0 where a model names none."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    pad = getattr(text, "pad_token_id", None)
+    return pad if isinstance(pad, int) else 0
 
 
 def _ids_of(owners: Sequence[Any], names: Sequence[str]) -> set[int]:

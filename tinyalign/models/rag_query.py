@@ -1,9 +1,8 @@
-"""Queries from the frozen vision tower that a model already has."""
+"""Queries of a model that exists already: its frozen vision tower, and the words of the instruction."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,10 @@ from torch import Tensor, nn
 
 from tinyalign._files import hash_tensors
 from tinyalign.memory import AttentionPooledKey
+from tinyalign.models.rag_inputs import image_markers, instruction_of, pad_of
+from tinyalign.models.rag_towers import has_tower, read_tower, tower_of
+
+Words = Callable[[Tensor, int], Tensor]
 
 
 class Query(Protocol):
@@ -21,150 +24,114 @@ class Query(Protocol):
         ...
 
 
-class TowerQuery:
-    """Pool queries from what a vision-language model's own tower sees, before its projector.
+def token_codes(ids: Tensor, width: int) -> Tensor:
+    """Give every token id a fixed code of signs, nearly orthogonal to the code of any other id.
 
-    transformers 5 gives most models ``get_image_features``, whose output holds the tower's tokens (`last_hidden_state`)
-    beside the projected ones (`pooler_output`), which a query must not use: the projector may be training. Rows get
-    their images by counting placeholders, so several images per row and rows without are fine.
+    Two texts are as alike as their tokens overlap. Nothing is learned or stored, so that keys made of codes cannot
+    drift while a language model trains, and do not depend on which one it is (though on its vocabulary).
+
+    Shape:
+        ids: (T,), int64. returns: (T, width), float32, of 1 and -1.
+
+    Source:
+        Random indexing: Kanerva et al. 2000. Signs are the lowest bit of a 32-bit integer hash of (id, column).
+
+    Example:
+        >>> codes = token_codes(torch.tensor([5, 9, 5]), 4096)
+        >>> bool((codes[0] == codes[2]).all()), bool((codes[0] @ codes[1]).abs() < 0.1 * 4096)
+        (True, True)
+    """
+    column = torch.arange(width, device=ids.device)
+    mixed = (ids[:, None] * 2654435761 + column * 2246822519) & 0xFFFFFFFF
+    for shift, factor in ((16, 2146121005), (15, 2221713035), (16, 1)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    return (mixed & 1).float() * 2 - 1
+
+
+class TowerQuery:
+    """Pool queries from what a vision-language model's own tower sees, and from the instruction's tokens.
+
+    Image tokens are taken before the projector, which may be training; words enter by codes that never train
+    (`token_codes`). Answers, padding, image placeholders and retrieval tokens are left out. A row is read by itself:
+    its batch mates change nothing. Several images per row are read together; a row without images asks for nothing.
+
+    With the paper's key every token has about the same say, so that hundreds of image tokens outweigh a short
+    instruction; ``AttentionPooledKey(balance=True)`` gives both an equal say, for questions that ask different things
+    of one image. Build the bank's keys with the same object.
 
     Args:
         model: the model.
         key: pools tokens; the paper's by default.
+        words: maps token ids, (T,), and the tower's width D to features, (T, D), that do not train; None to ask by the
+            image alone.
 
     Raises:
         ValueError: a tower whose tokens cannot be told apart by image.
+
+    Source:
+        TinyAlign, section 4.2. Deviation: codes stand for the instruction, whose embeddings have another width.
     """
 
-    def __init__(self, model: nn.Module, key: nn.Module | None = None) -> None:
-        self.model, self.key = model, AttentionPooledKey() if key is None else key
+    def __init__(self, model: nn.Module, key: nn.Module | None = None, *, words: Words | None = token_codes) -> None:
+        self.model, self.key, self.words = model, AttentionPooledKey() if key is None else key, words
 
     @classmethod
     def of(cls, model: nn.Module) -> TowerQuery | None:
-        """Make one for a model that has ``get_image_features``; None for any other."""
-        return cls(model) if _reader(model) is not None else None
+        """Make one for a model whose tower can be read; None for any other."""
+        return cls(model) if has_tower(model) else None
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return queries and which rows have an image."""
         ids: Tensor = inputs["input_ids"]
+        B = len(ids)
+        has_query = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        queries = torch.ones(B, self.width, device=ids.device)
         if inputs.get("pixel_values") is None:
-            blank = torch.ones(len(ids), self.width, device=ids.device)
-            return blank, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        images, lengths = self._read(inputs)
-        owners = _owners(self._placeholders(ids), lengths)
-        queries, has_query = [], []
-        for row in range(len(ids)):
-            seen = [images[at] for at, owner in enumerate(owners) if owner == row]
-            has_query.append(bool(seen))
-            tokens = torch.cat(seen) if seen else images[0]
-            queries.append(self.key(tokens[None].float())[0])
-        return torch.stack(queries), torch.tensor(has_query, device=ids.device)
+            return queries, has_query
+        images, owners = read_tower(self.model, inputs)
+        asked = instruction_of(inputs, image_ids=image_markers(self.model), pad_id=pad_of(self.model))
+        said = asked["attention_mask"].bool()
+        for row in sorted(set(owners)):
+            seen = torch.cat([image for image, owner in zip(images, owners, strict=True) if owner == row])
+            has_query[row] = True
+            queries[row] = self._pool(seen[None].float(), ids[row, said[row]])
+        return queries, has_query
 
     @torch.no_grad()
     def image_tokens(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Return the tower's tokens, (T, D), of every image in the batch: what values can be made of."""
-        return self._read(inputs)[0]
+        return read_tower(self.model, inputs).images
 
-    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Tensor], list[int]]:
-        """Tokens of each image, and how many positions it takes in the prompt."""
-        reader = _reader(self.model)
-        taken = inspect.signature(reader).parameters
-        given = {name: value for name, value in inputs.items() if name in taken and value is not None}
-        given = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask", "labels")}
-        output = reader(**given, return_dict=True)
-        lengths = _lengths(output.pooler_output)
-        return _per_image(output.last_hidden_state, lengths, inputs), lengths
+    def _pool(self, image: Tensor, words: Tensor) -> Tensor:
+        if self.words is None or not len(words):
+            return self.key(image)[0]  # type: ignore[no-any-return]
+        return self.key(image, self.words(words, image.shape[2])[None].to(image))[0]  # type: ignore[no-any-return]
 
     @property
     def width(self) -> int:
         """Width of the queries."""
         config: Any = self.model.config
-        return int(getattr(config, "vision_config", config).hidden_size)
+        vision = getattr(config, "vision_config", config)
+        return int(getattr(vision, "vision_output_dim", None) or vision.hidden_size)
 
     def fingerprint(self) -> dict[str, str | int | float | bool | None]:
-        """Name the tower and the key as the fields of a bank's fingerprint."""
-        tower = _tower(self.model)
+        """Name the tower, the words and the key as the fields of a bank's fingerprint."""
+        tower, text = tower_of(self.model), _text_config(self.model)
         state = {n: v.to(torch.bfloat16) for n, v in tower.state_dict().items() if v.is_floating_point()}
         own: Any = getattr(self.key, "fingerprint", None)
         pooling = dict(own()) if own is not None else {"key.pooling": type(self.key).__name__}
-        return {"key.encoder": type(tower).__name__, "key.encoder_weights": hash_tensors(state), **pooling}
-
-    def _placeholders(self, ids: Tensor) -> list[int]:
-        config: Any = self.model.config
-        for name in ("image_token_id", "image_token_index"):
-            token = getattr(config, name, None)
-            if isinstance(token, int):
-                return [int(count) for count in (ids == token).sum(dim=1)]
-        raise ValueError(
-            f"TowerQuery: model must say which id is an image, got {type(self.model).__name__} without image_token_id. "
-            f"Give attach_memory a query= of your own."
-        )
+        words = getattr(self.words, "__qualname__", type(self.words).__name__)
+        vocabulary = f"{text.model_type}:{text.vocab_size}"
+        return {
+            "key.encoder": type(tower).__name__,
+            "key.encoder_weights": hash_tensors(state),
+            "key.words": None if self.words is None else words,
+            "key.vocabulary": None if self.words is None else vocabulary,
+            **pooling,
+        }
 
 
-def _reader(model: nn.Module) -> Any:
-    for owner in (getattr(model, "base_model", None), model):
-        reader = getattr(owner, "get_image_features", None)
-        if callable(reader):
-            return reader
-    return None
-
-
-def _tower(model: Any) -> nn.Module:
-    get = getattr(model, "get_encoder", None)
-    if callable(get) and "modality" in inspect.signature(get).parameters:
-        found = get(modality="image")
-        if isinstance(found, nn.Module) and found is not model:
-            return found
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("vision_tower", "vision_model", "visual"):
-            return module  # type: ignore[no-any-return]
-    raise ValueError(
-        f"TowerQuery: model must have a vision tower, got {type(model).__name__} without. Give attach_memory a query=."
-    )
-
-
-def _lengths(projected: Any) -> list[int]:
-    """Tokens that each image takes in the prompt."""
-    if isinstance(projected, Tensor) and projected.dim() == 2:
-        return [len(projected)]
-    return [len(image) for image in projected]
-
-
-def _per_image(features: Any, lengths: list[int], inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The tower's tokens of each image, whichever way the family lays them out."""
-    count = len(lengths)
-    if isinstance(features, (list, tuple)) and len(features) == count:
-        return [image.flatten(0, -2) for image in features]
-    if isinstance(features, Tensor) and features.dim() in (2, 3):
-        if features.dim() == 3 and features.shape[0] == count:
-            return list(features)
-        if features.dim() == 3 and features.shape[0] % count == 0 and features.shape[0] > count:  # tiles of an image
-            return list(features.reshape(count, -1, features.shape[2]))
-        flat = features.flatten(0, -2)
-        grid = inputs.get("image_grid_thw")
-        sizes = [int(size) for size in grid.prod(dim=1)] if isinstance(grid, Tensor) else lengths
-        if len(flat) % sum(sizes) == 0:
-            factor = len(flat) // sum(sizes)
-            return list(torch.split(flat, [size * factor for size in sizes]))
-    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    raise ValueError(
-        f"TowerQuery: tower must give tokens that can be told apart by image, got {shape} for {count} images. Give "
-        f"attach_memory a query= of your own."
-    )
-
-
-def _owners(placeholders: list[int], lengths: list[int]) -> list[int]:
-    """The row of each image, by counting placeholders."""
-    owners, at = [], 0
-    for row, count in enumerate(placeholders):
-        while count > 0 and at < len(lengths):
-            count -= lengths[at]
-            owners.append(row)
-            at += 1
-        if count != 0:
-            raise ValueError(
-                f"TowerQuery: placeholders must match the image tokens, got {placeholders} placeholders for images of "
-                f"{lengths} tokens. Let the processor expand the images, or give attach_memory a query= of your own."
-            )
-    return owners
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
