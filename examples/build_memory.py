@@ -1,10 +1,16 @@
-r"""Build a memory bank from a LLaVA-format file: every image with what is said about it, ready to be retrieved.
+r"""Build a memory bank from image-text pairs: every image with what is said about it, ready to be retrieved.
 
     python examples/build_memory.py --data pretrain.json --images images/ --vision google/siglip-base-patch16-224 \
-        --text-tokenizer bert-base-uncased --output memory/
+        --text-tokenizer bert-base-uncased --max-samples 100000 --output memory/
 
-OUTPUT gets `bank/` (the `MemoryBank`), `compressor/` (what made its values) and `memory.json` (how to make its keys).
-A build that is killed goes on where it was. Copy this file and change it: what a key or a value is made of is yours.
+    python examples/build_memory.py --dataset lmms-lab/some-captions --text-column caption ...   # streamed from the hub
+    torchrun --nproc-per-node 8 examples/build_memory.py ...                                     # shared by 8 ranks
+
+OUTPUT gets `bank/` (the `MemoryBank`), `compressor/` (what made its values), `memory.json` (how to make its keys) and,
+from a Hugging Face data set, `records/` (what was drawn of it, as a LLaVA-format file). `--dataset` also takes a folder
+of parquet or arrow files or of images. N of M records are drawn by `--seed`; N, M, the seed and a digest of the ids
+stand in the bank's manifest. A build that is killed goes on where it was, whether it was drawing or encoding. Copy this
+file and change it: what a key or a value is made of is yours.
 
 With --smoke the script makes its own pictures, tower and tokenizer; the compressor's loss per image channel then falls
 below 1.1 within 60 steps (1 is reached by knowing only the mean).
@@ -13,30 +19,37 @@ below 1.1 within 60 steps (1 is reached by knowing only the mean).
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from tinyalign.data import DigitScenes, LlavaDataset, write_llava
+from tinyalign.data import Columns, DigitScenes, LlavaDataset, draw_records, gather_rows, write_llava
 from tinyalign.memory import AttentionPooledKey, build_memory_bank, leakage_report
 from tinyalign.models import PairEncoder, SampleEncoder
 from tinyalign.models.sample_encoder import caption_of
 from tinyalign.models.tiny import write_tiny_parts
 from tinyalign.models.vision import pack_images, vision_half
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.training import check_samples, note_key, shared_folder
 
 LEARNING_RATE = 1e-3
+REPORT_ON = 2000  # samples whose neighbours the leakage report looks at
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="LLaVA-format JSON")
     parser.add_argument("--images", type=Path, help="folder that the image paths start from")
+    parser.add_argument("--dataset", help="a Hugging Face data set instead: a hub id, or a folder of its files")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image-column", default="image")
+    parser.add_argument("--text-column", default="text", help="captions; a column `conversations` goes before it")
+    parser.add_argument("--id-column", default="id", help="names of the rows; their numbers where it is absent")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out records without image file or answer")
     parser.add_argument("--vision", help="vision tower: a folder or a hub id")
     parser.add_argument("--text-tokenizer", help="tokenizer of the captions: a folder or a hub id")
     parser.add_argument("--output", type=Path, help="folder to write")
@@ -46,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latent-dim", type=int, default=96)
     parser.add_argument("--vision-layer", type=int, default=-2)
     parser.add_argument("--alpha", type=float, default=0.4, help="the image's weight in a key")
-    parser.add_argument("--max-samples", type=int, help="use that many records, drawn at random")
+    parser.add_argument("--max-samples", type=int, help="use that many records, drawn by the seed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -54,18 +67,23 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.smoke:
         smoke(args)
-    for name in ("data", "images", "vision", "text_tokenizer", "output"):
+    source = [] if args.dataset else ["data", "images"]
+    for name in (*source, "vision", "text_tokenizer", "output"):
         if getattr(args, name) is None:
             parser.error(f"--{name.replace('_', '-')} is required (or --smoke)")
     return args
 
 
 def smoke(args: argparse.Namespace) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="tinyalign-"))
-    scenes = DigitScenes("memory", 128, task="caption")
-    args.data, args.images = write_llava(scenes, folder / "data.json", folder / "images"), folder / "images"
-    parts = write_tiny_parts(folder, [turn.text for scene in scenes for turn in scene.turns])
-    args.vision, args.text_tokenizer = str(parts.vision), str(parts.llm)
+    folder = shared_folder()  # one for all ranks
+    if PartialState().is_main_process:
+        scenes = DigitScenes("memory", 128, task="caption")
+        write_llava(scenes, folder / "data.json", folder / "images")
+        write_tiny_parts(folder, [turn.text for scene in scenes for turn in scene.turns])
+    PartialState().wait_for_everyone()
+    if args.dataset is None:
+        args.data, args.images = folder / "data.json", folder / "images"
+    args.vision, args.text_tokenizer = str(folder / "vision"), str(folder / "llm")
     args.output = args.output or folder / "memory"
     args.compressor_steps, args.latents, args.latent_dim = 60, 8, 32
 
@@ -94,14 +112,36 @@ def train_compressor(encode: SampleEncoder, samples: list, args: argparse.Namesp
     compressor.eval()
 
 
+def read(args: argparse.Namespace) -> tuple[list, dict[str, str | int]]:
+    """The samples of the bank, and what its manifest says about them."""
+    if args.dataset:
+        import datasets
+
+        rows = datasets.load_dataset(args.dataset, split=args.split, streaming=True)
+        if isinstance(rows.features[args.image_column] if rows.features else None, datasets.Image):
+            rows = rows.cast_column(args.image_column, datasets.Image(decode=False))  # bytes stay as they are
+        columns = Columns(args.image_column, args.text_column, id=args.id_column)
+        drawn = gather_rows(rows, args.output / "records", count=args.max_samples, seed=args.seed, columns=columns)
+        dataset = LlavaDataset(drawn.json_path, drawn.image_dir)
+        return list(dataset), drawn.draw.fingerprint(f"{args.dataset}:{args.split}")
+    dataset = LlavaDataset(args.data, args.images, check_images=not args.skip_bad)
+    checked = check_samples(dataset, on_error="skip" if args.skip_bad else "raise")
+    samples = [sample for sample in checked.samples if sample.images]
+    if PartialState().is_main_process:
+        print(f"{len(samples)} records with an image, {len(dataset) - len(samples)} without are left out")
+        for name, fault in checked.left_out.items():
+            print(f"left out {name}: {fault}")
+    draw = draw_records([sample.id for sample in samples], args.max_samples, seed=args.seed)
+    return [samples[at] for at in draw.indices], draw.fingerprint(args.data.name)
+
+
 def main() -> None:
     args = parse()
-    processes = PartialState(cpu=args.device == "cpu")
-    dataset = LlavaDataset(args.data, args.images)
-    samples = [sample for sample in dataset if sample.images]
-    print(f"{len(samples)} records with an image, {len(dataset) - len(samples)} without are left out")
-    if args.max_samples is not None and args.max_samples < len(samples):
-        samples = random.Random(args.seed).sample(samples, args.max_samples)
+    processes = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
+    if args.device == "cuda":
+        args.device = str(processes.device)
+    with processes.main_process_first():  # one draws, the others read what it drew
+        samples, drawn = read(args)
 
     tower = vision_half(AutoModel.from_pretrained(args.vision)).to(args.device).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.text_tokenizer)
@@ -127,18 +167,18 @@ def main() -> None:
             if processes.is_main_process:
                 encoder.compressor.save_pretrained(saved)
 
-    bank = build_memory_bank(
-        samples, encode, args.output / "bank", batch_size=args.batch_size, fingerprint=encode.fingerprint()
-    )
+    made_by = {**encode.fingerprint(), **drawn}
+    bank = build_memory_bank(samples, encode, args.output / "bank", batch_size=args.batch_size, fingerprint=made_by)
     if not processes.is_main_process:
         return
-    settings = {"vision": str(args.vision), "vision_layer": args.vision_layer, "alpha": args.alpha}
-    (args.output / "memory.json").write_text(json.dumps(settings, indent=2))
+    note_key(args.output, vision=str(args.vision), vision_layer=args.vision_layer, alpha=args.alpha)
 
+    samples = samples[:REPORT_ON]
     own = torch.tensor([sample.sample_id for sample in samples])
     groups = torch.tensor([sample.group for sample in samples])
     queries = torch.cat([encode.queries(samples[at : at + 64]) for at in range(0, len(samples), 64)])
     print(bank)
+    print(f"drawn: {drawn}")
     print(leakage_report(bank, queries.cpu().float(), own, groups))
     print(f"the memory is in {args.output}")
 

@@ -8,6 +8,7 @@ r"""Train a vision-language model with retrieval on any LLaVA-format file, with 
 
 "pretrain" trains the connectors, "instruct" the language model as well (or LoRA on it, with --lora). `--retrieval`
 takes `bank` (the method), `off` (the baseline) and the controls `shuffled`, `random`, `constant`, `self`, `prompt`.
+Both stages in one short script; examples/pretrain.py and examples/finetune.py are the paper's recipes, with its values.
 Run the same command again after a kill: it goes on from the last checkpoint. Several processes: put
 `accelerate launch` or `torchrun` before the script. The bank comes from examples/build_memory.py.
 
@@ -18,19 +19,24 @@ evaluation loss falls from about 3.3 nats per token to below 1.2 in 40 steps.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from tinyalign.data import ChatRenderer, DigitScenes, LlavaCollator, LlavaDataset, PlainRenderer, Sample, write_llava
-from tinyalign.memory import AttentionPooledKey, MemoryBank, NeighbourTable, build_memory_bank, precompute_neighbours
-from tinyalign.models import ARMS, PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
-from tinyalign.models.tiny import write_tiny_parts
-from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes
+from tinyalign.data import ChatRenderer, LlavaDataset, PlainRenderer
+from tinyalign.models import ARMS, TinyAlignProcessor, TinyAlignVLM
+from tinyalign.training import (
+    MemoryFolder,
+    StageTrainer,
+    check_samples,
+    collator_for,
+    compose,
+    last_whole_checkpoint,
+    open_memory,
+    shared_folder,
+    write_tiny_experiment,
+)
 
 LEARNING_RATE = {"pretrain": 1e-3, "instruct": 2e-5}
 WARMUP = 0.03  # share of all steps
@@ -79,108 +85,44 @@ def parse() -> argparse.Namespace:
 
 
 def smoke(args: argparse.Namespace) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="tinyalign-"))
-    args.images = folder / "images"
-    scenes = {split: DigitScenes(split, 96) for split in ("memory", "train", "heldout")}
-    files = {name: write_llava(split, folder / f"{name}.json", args.images) for name, split in scenes.items()}
-    parts = write_tiny_parts(folder, [turn.text for sample in scenes["train"] for turn in sample.turns])
-    args.data, args.eval_data = files["train"], files["heldout"]
-    args.vision, args.llm, args.bank = str(parts.vision), str(parts.llm), folder / "memory"
-    args.output = args.output or folder / "run"
+    folder = shared_folder()
+    made = write_tiny_experiment(folder, num_scenes=96)
+    args.data, args.eval_data, args.images, args.bank = made.train, made.heldout, made.images, made.memory
+    args.vision, args.llm, args.output = str(made.vision), str(made.llm), args.output or folder / "run"
     args.stage = "instruct"  # nothing can be learned through a language model that is random and frozen
     args.learning_rate, args.workers = args.learning_rate or 1e-2, 0
     args.max_steps = args.max_steps if args.max_steps > 0 else 40
-    tower, tokenizer = AutoModel.from_pretrained(parts.vision), AutoTokenizer.from_pretrained(parts.llm)
-    sizes = PerceiverSizes(token_dim=32, num_latents=4, latent_dim=32, num_self_attends=2)
-    encoder = PairEncoder(tower, PerceiverCompressor(64, vocab_size=len(tokenizer), sizes=sizes), AttentionPooledKey())
-    encode = SampleEncoder(encoder, AutoImageProcessor.from_pretrained(parts.vision), tokenizer)
-    build_memory_bank(scenes["memory"], encode, args.bank / "bank", fingerprint=encode.fingerprint(), progress=False)
 
 
-def load_model(args: argparse.Namespace, memory: MemoryBank | None) -> tuple[TinyAlignVLM, TinyAlignProcessor]:
+def load_model(args: argparse.Namespace, memory: MemoryFolder | None) -> tuple[TinyAlignVLM, TinyAlignProcessor]:
     if args.init is not None:
-        model = TinyAlignVLM.from_pretrained(args.init, memory=memory)
-        processor = TinyAlignProcessor.from_pretrained(args.init)
+        model = TinyAlignVLM.from_pretrained(args.init, memory=None if memory is None else memory.bank)
         model.config.retrieval, model.config.retrieval_seed = args.retrieval, args.seed
-        return model, processor
-    tower = AutoModel.from_pretrained(args.vision)
-    llm = AutoModelForCausalLM.from_pretrained(args.llm, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.llm)
-    asked = {"vision_layer": -2, "alpha": 0.4}
-    if memory is not None:
-        noted = Path(args.bank) / "memory.json"
-        asked |= json.loads(noted.read_text()) if noted.exists() else {}
-    model = TinyAlignVLM.from_parts(
-        tower,
-        llm,
-        tokenizer=tokenizer,
-        memory=memory,
-        compressor=None if memory is not None or args.retrieval == "off" else PerceiverCompressor(1),
-        key=AttentionPooledKey(asked["alpha"]),
-        vision_layer=asked["vision_layer"],
+        return model, TinyAlignProcessor.from_pretrained(args.init)
+    return compose(
+        args.vision,
+        args.llm,
+        memory,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        retrieval=args.retrieval,
         num_neighbours=args.neighbours,
         rag_num_tokens=args.rag_tokens,
-        retrieval=args.retrieval,
         retrieval_seed=args.seed,
         connector_seed=args.seed,
     )
-    return model, TinyAlignProcessor.for_model(model, AutoImageProcessor.from_pretrained(args.vision), tokenizer)
-
-
-class Neighbours:
-    """Neighbours of every sample, searched once and looked up by the data loader's workers."""
-
-    def __init__(
-        self, model: TinyAlignVLM, processor: TinyAlignProcessor, samples: Sequence[Sample], path: Path
-    ) -> None:
-        seen = [sample for sample in samples if sample.images]
-        own = torch.tensor([sample.sample_id for sample in seen])
-        if path.exists():
-            self.table = NeighbourTable.load(path, model.memory)
-        else:
-            encode = SampleEncoder(model.query_encoder, processor.image_processor, processor.tokenizer)
-            queries = torch.cat([encode.queries(seen[at : at + 64]) for at in range(0, len(seen), 64)])
-            groups = torch.tensor([sample.group for sample in seen])
-            self.table = precompute_neighbours(
-                model.memory,
-                queries.cpu().float(),
-                model.config.num_neighbours,
-                sample_ids=own,
-                exclude_ids=own,
-                exclude_groups=groups,
-                path=path,
-            )
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        ids = torch.full((len(samples), self.table.k), -1)
-        scores = torch.zeros(len(samples), self.table.k)
-        rows = [at for at, sample in enumerate(samples) if sample.images]
-        if rows:
-            found = self.table.lookup(torch.tensor([samples[at].sample_id for at in rows]))
-            ids[rows], scores[rows] = found.ids, found.scores
-        return {"neighbour_ids": ids, "neighbour_scores": scores}
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [path for path in output.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def main() -> None:
     args = parse()
-    needs_bank = args.retrieval not in ("off", "prompt")
-    folder = None if args.bank is None else args.bank / "bank" if (args.bank / "bank").is_dir() else args.bank
-    memory = MemoryBank.load(folder, mmap=True) if needs_bank else None
+    memory = open_memory(args.bank) if args.retrieval not in ("off", "prompt") else None
     model, processor = load_model(args, memory)
-    model.freeze_for(args.stage)
     if args.lora and args.stage == "instruct":
         from peft import LoraConfig, get_peft_model
 
         model.language_model = get_peft_model(
             model.language_model, LoraConfig(r=args.lora, target_modules="all-linear")
         )
-
+    model.freeze_for(args.stage)
     if args.checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -200,6 +142,7 @@ def main() -> None:
         logging_steps=10,
         dataloader_num_workers=args.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # all that trains takes part in every step
         remove_unused_columns=False,
         prediction_loss_only=True,
         report_to=[],
@@ -207,44 +150,20 @@ def main() -> None:
         seed=args.seed,
     )
 
-    train = LlavaDataset(args.data, args.images)
-    held_out = None if args.eval_data is None else LlavaDataset(args.eval_data, args.images)
-    limit = model.config.text_config.max_position_embeddings
-    length = min(args.max_length or limit, limit)
+    train = check_samples(LlavaDataset(args.data, args.images)).samples
+    heldout = None if args.eval_data is None else check_samples(LlavaDataset(args.eval_data, args.images)).samples
     renderer = (ChatRenderer if args.prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
-    collators = {}
-    for name, samples in (("train", train), ("eval", held_out)):
-        if samples is not None:
-            precomputed = args.retrieval == "bank"
-            path = args.output / f"neighbours-{name}"
-            with arguments.main_process_first(local=False):  # one process searches, the others read its table
-                extra = Neighbours(model, processor, samples, path) if precomputed else None
-            collators[name] = LlavaCollator(processor, renderer=renderer, max_length=length, extra=extra)
-    print(f"of the first samples, {collators['train'].measure(train[:256])}")
-
-    trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=collators["train"])
-
-    def evaluate() -> float | None:
-        if held_out is None:
-            return None
-        trainer.data_collator = collators["eval"]
-        loss = trainer.evaluate(held_out)["eval_loss"]
-        trainer.data_collator = collators["train"]
-        return float(loss)
-
-    checkpoint = last_checkpoint(args.output)
-    before = evaluate() if checkpoint is None else None
-    if checkpoint is not None:
-        print(f"going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    after = evaluate()
-    if hasattr(model.language_model, "merge_and_unload"):
-        model.language_model = model.language_model.merge_and_unload()
+    collator = collator_for(
+        model, processor, [*train, *(heldout or [])], args.output, renderer=renderer, max_length=args.max_length,
+        device=arguments.device,
+    )  # fmt: skip
+    trainer = StageTrainer(model, args=arguments, train_dataset=train, eval_dataset=heldout, data_collator=collator)
+    first = last_whole_checkpoint(args.output)
     if trainer.is_world_process_zero():
-        model.save_pretrained(args.output)
-        processor.save_pretrained(args.output)
-        summary = {"train_loss": result.training_loss, "eval_loss_before": before, "eval_loss": after}
-        (args.output / "summary.json").write_text(json.dumps(summary, indent=2))
+        print(f"of the first samples, {collator.measure(train[:256])}")
+        print("from the start" if first is None else f"going on from {first}")
+    summary = trainer.run()
+    if trainer.is_world_process_zero():
         print(f"retrieval {args.retrieval}: {summary} (nats per token)")
         print(f"the model is in {args.output}")
 

@@ -1,5 +1,6 @@
 """What training scripts share: a trainer whose checkpoints survive, neighbours found once, parts by name."""
 
+from tinyalign.training.batches import collator_for
 from tinyalign.training.checkpoints import CheckpointError, last_whole_checkpoint, load_trained, save_trained
 from tinyalign.training.launch import accumulation_steps, precision, shared_folder
 from tinyalign.training.neighbours import NeighbourFeed, find_neighbours
@@ -17,6 +18,7 @@ __all__ = [
     "TinyExperiment",
     "accumulation_steps",
     "check_samples",
+    "collator_for",
     "compose",
     "find_neighbours",
     "last_whole_checkpoint",

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tinyalign._files import write_json
 from tinyalign.models import TinyAlignVLM
 from tinyalign.models.checkpoint import note_memory
 from tinyalign.training.checkpoints import (
@@ -54,6 +55,51 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         """Train from the newest whole checkpoint of the output folder, or from the start where there is none."""
         checkpoint = last_whole_checkpoint(self.args.output_dir)
         return self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def run(self) -> dict[str, float | None]:
+        """Evaluate, train or go on training, evaluate, and write the model, its processor and ``summary.json``.
+
+        The processor is the collator's. What was measured before the first step is kept for a run that goes on.
+
+        Returns:
+            ``train_loss`` (mean over the steps of this call), ``eval_loss_before`` and ``eval_loss``, in nats per
+            token; None without an evaluation set.
+        """
+        output, measured = Path(self.args.output_dir), self.eval_dataset is not None
+        # Within train(), where the model is wrapped already: see train().
+        self.args.eval_on_start = measured and last_whole_checkpoint(output) is None
+        result = self.resume()
+        known = [
+            entry["eval_loss"] for entry in self.state.log_history if entry.get("step") == 0 and "eval_loss" in entry
+        ]
+        summary: dict[str, float | None] = {
+            "train_loss": result.training_loss,
+            "eval_loss_before": known[0] if known else None,
+            "eval_loss": float(self.evaluate()["eval_loss"]) if measured else None,
+        }
+        self.save_whole(output)
+        if self.is_world_process_zero():
+            processor = getattr(self.data_collator, "processor", None)
+            if processor is not None:
+                processor.save_pretrained(output)
+            write_json(output / "summary.json", {**summary, "retrieval": self._unwrapped().config.retrieval})
+        self.save_state()
+        return summary
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does.
+
+        Raises:
+            RuntimeError: in several processes, after `evaluate`: accelerate then takes the model for prepared and never
+                wraps it, and every process would train a model of its own without a word.
+        """
+        bare = self.model_wrapped is self.model
+        if self.args.world_size > 1 and bare and getattr(self.model, "_is_accelerate_prepared", False):
+            raise RuntimeError(
+                f"StageTrainer.train: the model must not have been evaluated before in {self.args.world_size} "
+                f"processes, got one that was: gradients would not be exchanged. Use eval_on_start=True, or run()."
+            )
+        return super().train(*args, **kwargs)
 
     def save_whole(self, folder: str | Path) -> None:
         """Write the complete model, as `TinyAlignVLM.from_pretrained` reads it; LoRA is merged first.
