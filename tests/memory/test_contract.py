@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
 
 from tinyalign.memory import BankError, FingerprintMismatch, MemoryBank, UnknownIdError
+from tinyalign.memory.collection import FORMAT, PROPERTY
 
 WITH_MILVUS = importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite")
 PRINT = {"key.encoder": "test", "data.n": 3}
@@ -81,6 +83,35 @@ def test_exclusions_are_per_query_and_exact(filled):
     assert torch.equal(by_group.ids, naive(keys, queries, 5, hidden)[1])
     many = bank.neighbours(queries[:1], 3, exclude_groups=[list(range(33, 53))])
     assert set(many.ids[many.mask].tolist()) == {i for i in range(100, 160) if i // 3 == 53}
+
+
+def test_filters_by_metadata_and_by_mask(filled):
+    bank, keys, _ = filled
+    queries = keys[:3]
+    hidden = [i for i in range(100, 160) if i % 2 == 0 or i > 140]
+    by_note = bank.neighbours(queries, 4, where=lambda note: 0 < note.get("n", 0) <= 140)
+    assert torch.equal(by_note.ids, naive(keys, queries, 4, [hidden] * 3)[1])
+    by_mask = bank.search(queries, 4, where=(bank.ids % 2 == 1) & (bank.ids <= 140), exclude_ids=[101, 101, 101])
+    assert torch.equal(by_mask.ids, naive(keys, queries, 4, [[*hidden, 101]] * 3)[1])
+    few = bank.neighbours(queries, 4, where=lambda note: note.get("n") in (111, 115), exclude_groups=[[37], [], [38]])
+    assert few.mask.sum(1).tolist() == [1, 2, 1]
+    assert few.ids[0].tolist() == [115, -1, -1, -1]
+    assert not bank.neighbours(queries, 4, where=lambda note: False).mask.any()
+    with pytest.raises(ValueError, match=r"where must be a bool tensor of shape \(60,\), got torch.bool \(3,\)"):
+        bank.search(queries, where=torch.ones(3, dtype=torch.bool))
+
+
+def test_near_duplicates_are_left_out_by_score(filled):
+    bank, keys, values = filled
+    queries = keys[:3]
+    scores, ids = naive(keys, queries, 5, [[]] * 3)
+    between = float(scores[:, 0].min() + scores[:, 1].max()) / 2
+    found = bank.search(queries, 4, max_score=between)
+    assert torch.equal(found.ids, ids[:, 1:])
+    assert torch.equal(found.values.half(), values[ids[:, 1:] - 100])
+    both = bank.neighbours(queries, 3, max_score=between, exclude_ids=ids[:, 1:2], where=bank.ids > 0)
+    assert torch.equal(both.ids, ids[:, 2:])
+    assert not bank.neighbours(queries, 3, max_score=-1.5).mask.any()
 
 
 def test_fewer_than_k(filled):
@@ -187,6 +218,35 @@ def test_transfer_and_reopening(random_bank, tmp_path):
 
 
 @pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
+def test_expressions_and_values_in_the_same_call(random_bank, tmp_path, monkeypatch):
+    bank = random_bank(70)
+    remote = milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3))
+    remote.add_bank(bank)
+    queries = torch.randn(4, 8)
+    expected = bank.search(queries, 5, where=lambda note: note["even"] and note["caption"] != "entry 104")
+    found = remote.search(queries, 5, where='note["even"] == true and note["caption"] != "entry 104"')
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.values, expected.values)
+    by_group = remote.neighbours(queries, 5, where="group < 40", exclude_ids=[[120], [], [], []])
+    assert torch.equal(by_group.ids, bank.neighbours(queries, 5, where=bank.groups < 40).ids)
+    client, calls = remote._collection.client, []
+    for name in ("search", "query"):
+        asked = getattr(client, name)
+        monkeypatch.setattr(client, name, lambda *a, _n=name, _f=asked, **o: calls.append(_n) or _f(*a, **o))
+    assert len(bank) == len(remote)
+    calls.clear()
+    remote.search(queries, 5, exclude_ids=torch.arange(100, 104))
+    assert calls == ["query", "search"]  # is it empty? then everything at once
+    calls.clear()
+    remote.search(queries, 5, exclude_groups=torch.arange(4) + 33)
+    assert calls == ["query", "search", "query"]  # many more asked for than wanted: values by id
+    monkeypatch.setattr("tinyalign.memory.milvus.MOST_LISTED", 10)
+    with pytest.raises(BankError, match="where must keep at most 10 entries when it is no expression, got 35"):
+        remote.neighbours(queries, where=lambda note: note["even"])
+    remote.close()
+
+
+@pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
 def test_a_collection_of_another_make(tmp_path):
     with pytest.raises(BankError, match="collection must exist, or key_dim and value_shape be given, got 'tinyalign'"):
         milvus(tmp_path / "bank.db")
@@ -197,7 +257,11 @@ def test_a_collection_of_another_make(tmp_path):
 
     client = MilvusClient(uri=str(tmp_path / "bank.db"))
     client.create_collection("strange", dimension=4)
+    facts = {PROPERTY: json.dumps({"format": FORMAT, "version": 1})}
+    client.create_collection("old", dimension=4, properties=facts)
     client.close()
+    with pytest.raises(BankError, match=r"collection must have format version 2, got 1. Copy it with to_bank"):
+        milvus(tmp_path / "bank.db", collection="old")
     with pytest.raises(BankError, match="collection must be a memory bank, got 'strange'"):
         milvus(tmp_path / "bank.db", collection="strange")
 
