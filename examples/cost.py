@@ -26,7 +26,14 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, PhiConfig, Qwen2Config, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from tinyalign.models import TinyAlignConfig, TinyAlignVLM
 from tinyalign.models.flops import FlopCount, count_flops
@@ -63,6 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Table 4, for Phi-2: operations and steps per second of baseline and TinyAlign.
 PAPER = {"pretrain": ((2.05e14, 2.45e14), (0.173, 0.112)), "instruct": ((6.12e18, 6.15e18), (0.083, 0.075))}
+SAMPLES = 665_000  # of the paper's instruction data
 SMALL_TOWER = SiglipVisionConfig(
     hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=112, patch_size=14
 )
@@ -257,13 +265,25 @@ def beside_the_paper(rows: list[Row]) -> list[str]:
             f"The paper, {stage}: {flops:.2e} to {more:.2e} operations (x{more / flops:.3f}) while the time per step "
             f"grows x{steps / fewer:.2f}."
         )
-        if own:
-            size = PER_DEVICE[stage]
-            said = ", ".join(
-                f"{name} {size * row.flops:.2e} (x{row.flops / own['baseline'].flops:.3f})" for name, row in own.items()
-            )
-            lines.append(f"Ours, {stage}, one step of {size} rows: {said}.")
+        if not own:
+            continue
+        size, weights = PER_DEVICE[stage], sum(w.numel() for w in language_weights("phi-2"))
+        said = ", ".join(
+            f"{name} {size * row.flops:.2e} (x{row.flops / own['baseline'].flops:.3f})" for name, row in own.items()
+        )
+        lines.append(f"Ours, {stage}, one step of {size} rows: {said}.")
+        rows_counted, what = (size, f"{size} rows") if stage == "pretrain" else (SAMPLES, f"{SAMPLES} samples")
+        tokens = [count / (6 * weights * rows_counted) for count in (flops, more)]
+        lines.append(
+            f"By the rule of 6 operations per weight and token, the paper's {stage} figures are {what} of "
+            f"{tokens[0]:.0f} and {tokens[1]:.0f} tokens."
+        )
     return lines
+
+
+def language_weights(name: str) -> list[Tensor]:
+    with torch.device("meta"):
+        return list(AutoModelForCausalLM.from_config(LANGUAGE[name]).parameters())
 
 
 def measure(variants: dict[str, dict], rounds: int) -> Table:

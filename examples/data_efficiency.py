@@ -50,8 +50,8 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS = 600
-DIGITS = {"stage_1_steps": 300, "epochs": 2, "batch": 16, "rate_1": 2e-3, "rate_2": 5e-4}
-DIGIT_SCENES = {"memory": 4000, "train": 2000, "heldout": 800}
+DIGITS = {"stage_1_steps": 200, "epochs": 1, "batch": 16, "rate_1": 2e-3, "rate_2": 5e-4}
+DIGIT_SCENES = {"memory": 4000, "train": 3000, "heldout": 800}
 LLAVA = {"stage_1_steps": 300, "epochs": 1, "batch": 32, "rate_1": 2e-3, "rate_2": 1e-3}
 LLAVA_EVAL = 2000  # questions of the evaluation file, drawn once
 PICTURE, TOWER_STEPS, LANGUAGE_STEPS = 32, 600, 1200  # the parts that are trained on the spot
