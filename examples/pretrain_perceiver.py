@@ -37,6 +37,8 @@ BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 NUM_PATCHES = 128  # patches reconstructed per image and step
 CAPTION_DROPOUT = 0.0  # share of captions to guess from the image alone
+MIXED_CAPTIONS = 0.5  # share of captions made of words of the whole batch, so that none is learned by heart
+BAG_SHARE = 1.0  # the words out of order beside those in order
 CONTRASTIVE_WEIGHT = 0.0
 HELD_OUT = 0.05
 MAX_CAPTION_TOKENS = 128
@@ -165,8 +167,10 @@ def run(arguments: argparse.Namespace, sizes: PerceiverSizes, **overrides: objec
     compressor = PerceiverCompressor(features.dim, sizes=sizes, seed=SEED, **words.compressor_arguments())
     model = PerceiverPretrainer(
         compressor,
+        bag_share=BAG_SHARE,
         contrastive_weight=CONTRASTIVE_WEIGHT,
         caption_dropout=CAPTION_DROPOUT,
+        mixed_captions=MIXED_CAPTIONS,
         num_patches=NUM_PATCHES,
         seed=SEED,
     )

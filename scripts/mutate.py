@@ -6,7 +6,7 @@
 
 A sample of all mutants of a package is drawn by seed (`scripts/mutants.py` says which there are). The default tests run
 once with coverage to learn which test executes which line; a mutant then meets only those, quickest first, and is
-killed by the first failure. One that no test executes has survived. What hangs for ten times as long as the tests took
+killed by the first failure. One that no test executes has survived. What hangs for ten times as long as all tests took
 counts as killed. The working tree is never edited. POSIX only: every run is a fork that finds the libraries loaded.
 """
 
@@ -153,7 +153,7 @@ class Bench:
         names = {context.rpartition("|")[0] for context in contexts} & self.seconds.keys()
         return sorted(names, key=lambda name: self.seconds[name])
 
-    def try_mutant(self, target: Target) -> tuple[str, str]:
+    def try_mutant(self, target: Target, patience: float) -> tuple[str, str]:
         """("killed" or "survived" or "timeout", the test that noticed)."""
         stop = target.mutant.line + target.source[target.mutant.start : target.mutant.stop].count("\n")
         names = self.tests_for(target.path, range(statement_start(target), stop + 1))
@@ -163,7 +163,7 @@ class Bench:
         place = self.copy / target.path
         place.write_text(target.mutant.apply(target.source), encoding="utf-8")
         try:
-            result = run_tests(self.copy, ["-x", *chosen], timeout=30 + 10 * self.took)
+            result = run_tests(self.copy, ["-x", *chosen], timeout=patience + 10 * self.took)
         finally:
             place.write_text(target.source, encoding="utf-8")
             for compiled in self.copy.glob(str(Path(target.path).parent / "__pycache__" / f"{place.stem}.*")):
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="JSON lines; what stands there is not tried again")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no mutant after this long")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds beyond ten times what the tests took")
     parser.add_argument("--survivors", action="store_true", help="try those again that survived before")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -242,7 +243,7 @@ def main() -> None:
             for target in left:
                 if time.monotonic() - began > arguments.seconds:
                     break
-                result, noticed = bench.try_mutant(target)
+                result, noticed = bench.try_mutant(target, arguments.patience)
                 place = f"{target.path}:{target.mutant.line}"
                 entry = {"key": target.key, "result": result, "place": place, "change": target.change, "by": noticed}
                 results[target.key] = entry

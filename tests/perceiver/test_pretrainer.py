@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes, evaluate_reconstruction
-from tinyalign.perceiver.pretrainer import BAG_SHARE, shuffled_places
+from tinyalign.perceiver.pretrainer import shuffled_places
 
 SIZES = PerceiverSizes(token_dim=32, num_latents=4, latent_dim=32, num_self_attends=1, num_heads=4)
 
@@ -53,7 +53,7 @@ def test_losses_are_the_errors_of_the_decoder_by_hand():
     torch.testing.assert_close(out.image_loss, torch.stack(errors).mean())
     torch.testing.assert_close(out.text_loss, torch.stack(nll).mean())
     torch.testing.assert_close(out.bag_loss, torch.stack(bag).mean())
-    torch.testing.assert_close(out.loss, out.image_loss + out.text_loss + BAG_SHARE * out.bag_loss)
+    torch.testing.assert_close(out.loss, out.image_loss + out.text_loss + 0.3 * out.bag_loss)
     assert out.contrastive_loss == 0
 
 
@@ -61,7 +61,9 @@ def test_weights_scale_the_parts_and_zero_leaves_them_out():
     image, text = example()
     out = build(image_weight=0.0, text_weight=3.0).eval()(image, text)
     assert out.image_loss == 0
-    torch.testing.assert_close(out.loss, 3.0 * (out.text_loss + BAG_SHARE * out.bag_loss))
+    torch.testing.assert_close(out.loss, 3.0 * (out.text_loss + 0.3 * out.bag_loss))
+    out = build(bag_share=2.0).eval()(image, text)
+    torch.testing.assert_close(out.loss, out.image_loss + out.text_loss + 2.0 * out.bag_loss)
     out = build(text_weight=0.0, contrastive_weight=2.0).eval()(image, text)
     assert out.text_loss == out.bag_loss == 0
     torch.testing.assert_close(out.loss, out.image_loss + 2.0 * out.contrastive_loss)
@@ -310,6 +312,7 @@ def test_the_scale_is_fitted_once_on_the_first_training_batch():
         ({"image_weight": -1.0}, "image_weight must be finite and not negative, got -1.0"),
         ({"contrastive_weight": math.nan}, "contrastive_weight must be finite and not negative, got nan"),
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1.0"),
+        ({"bag_share": -0.1}, "bag_share must be finite and not negative, got -0.1"),
         ({"mixed_captions": 1.5}, r"mixed_captions must lie in \[0, 1\], got 1.5"),
         ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
     ],
@@ -322,6 +325,8 @@ def test_impossible_settings_are_refused(arguments, message):
 def test_what_has_no_weight_is_not_built():
     names = {name.split(".")[0] for name, _ in build(image_weight=0.0).named_parameters()}
     assert names == {"compressor", "text_reader", "bag_reader"}
+    names = {name.split(".")[0] for name, _ in build(bag_share=0.0).named_parameters()}
+    assert names == {"compressor", "image_reader", "text_reader"}
     names = {name.split(".")[0] for name, _ in build(text_weight=0.0, contrastive_weight=1.0).named_parameters()}
     assert names == {"compressor", "image_reader", "log_temperature"}
 

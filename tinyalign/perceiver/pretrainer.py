@@ -14,10 +14,6 @@ from tinyalign.perceiver.ids import check_ids, may_look
 from tinyalign.perceiver.reader import LatentReader
 from tinyalign.perceiver.weights import draw_linears
 
-# Weight of the order-free loss beside the ordered one. With 1 the ordered one is learned several times slower; with 0 a
-# linear reader needs more examples.
-BAG_SHARE = 0.3
-
 
 class PretrainOutput(NamedTuple):
     """Losses of a batch, means over its kept patches and tokens.
@@ -51,6 +47,8 @@ class PerceiverPretrainer(nn.Module):
         compressor: the compressor to train; shared, not copied.
         image_weight: weight of the patch reconstruction.
         text_weight: weight of the caption reconstruction, in order and out of order.
+        bag_share: weight of the words out of order beside those in order. More lets a linear map read what the caption
+            said from fewer examples, and the order is learned more slowly.
         contrastive_weight: weight of telling, from its image alone, which caption of the batch belongs to a row
             (symmetric InfoNCE between the mean latents of the two views). Costs two more encodings.
         caption_dropout: share of rows whose caption is hidden from the compressor while training, but still asked for.
@@ -88,6 +86,7 @@ class PerceiverPretrainer(nn.Module):
         *,
         image_weight: float = 1.0,
         text_weight: float = 1.0,
+        bag_share: float = 0.3,
         contrastive_weight: float = 0.0,
         caption_dropout: float = 0.0,
         mixed_captions: float = 0.0,
@@ -96,7 +95,8 @@ class PerceiverPretrainer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        weights = {"image_weight": image_weight, "text_weight": text_weight, "contrastive_weight": contrastive_weight}
+        weights = {"image_weight": image_weight, "text_weight": text_weight, "bag_share": bag_share}
+        weights["contrastive_weight"] = contrastive_weight
         for name, factor in weights.items():
             if not 0.0 <= factor < float("inf"):
                 raise ValueError(
@@ -120,6 +120,7 @@ class PerceiverPretrainer(nn.Module):
         self.compressor = compressor
         self.image_weight = image_weight
         self.text_weight = text_weight
+        self.bag_share = bag_share
         self.contrastive_weight = contrastive_weight
         self.caption_dropout = caption_dropout
         self.mixed_captions = mixed_captions
@@ -142,7 +143,7 @@ class PerceiverPretrainer(nn.Module):
         self.image_reader = reader(compressor.image_dim) if image_weight else None
         self.text_reader = reader(text_out) if text_weight else None
         self.bag_reader = None
-        if text_weight and compressor.text_dim is None:
+        if text_weight and bag_share and compressor.text_dim is None:
             flat = compressor.num_latents * compressor.latent_dim
             self.bag_reader = nn.Linear(flat, text_out, device=weight.device, dtype=weight.dtype)
         self.log_temperature = (
@@ -207,7 +208,7 @@ class PerceiverPretrainer(nn.Module):
                 )
         loss = (
             self.image_weight * image_loss
-            + self.text_weight * (text_loss + BAG_SHARE * bag_loss)
+            + self.text_weight * (text_loss + self.bag_share * bag_loss)
             + self.contrastive_weight * contrastive_loss
         )
         return PretrainOutput(loss, image_loss, text_loss, bag_loss, contrastive_loss)
