@@ -17,10 +17,11 @@ from tinyalign.theory import (
     mutual_information,
     ross,
 )
-from tinyalign.theory.continuous import _plane_bias
 from tinyalign.theory.copula import canonical_variates, fit_gaussian, fit_student, normal_scores
+from tinyalign.theory.divergence import plane_bias
 from tinyalign.theory.nearest import ksg_local
-from tinyalign.theory.neighbours import count_within, kth_distance
+from tinyalign.theory.counting import count_within
+from tinyalign.theory.neighbours import kth_distance
 
 
 def gaussian(n: int, rhos: list[float], seed: int, extra: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
@@ -164,7 +165,7 @@ def test_bias_formula_on_the_plane_equals_simulation() -> None:
             terms = ksg_local(law.points[:, :1], law.points[:, 1:], [4, 16])
             errors.append([term.mean() - law.pointwise().mean() for term in terms])
         for k, mean, error in zip((4, 16), np.mean(errors, 0), np.std(errors, 0) / np.sqrt(30), strict=True):
-            assert mean == pytest.approx(_plane_bias(truth, 5000, k), abs=4 * error + 0.001)
+            assert mean == pytest.approx(plane_bias(truth, 5000, k), abs=4 * error + 0.001)
 
 
 def test_auto_takes_the_copula_where_neighbours_agree_and_beats_them() -> None:

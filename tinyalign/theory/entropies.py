@@ -227,7 +227,9 @@ def duplicate_warnings(points: FloatArray, name: str) -> tuple[str, ...]:
     spread = np.ptp(points, axis=0)
     if (spread == 0).any():
         warnings.append(f"constant: {int((spread == 0).sum())} of {points.shape[1]} columns of {name} do not vary")
-    distinct = len(np.unique(points[:, 0])) if points.shape[1] == 1 else len(np.unique(points, axis=0))
+    distinct = 1 + int(np.count_nonzero(np.diff(np.sort(points[:, 0]))))
+    if distinct < len(points) and points.shape[1] > 1:
+        distinct = len(np.unique(points, axis=0))
     repeated = 1.0 - distinct / len(points)
     if repeated > 0.01:
         warnings.append(

@@ -1,0 +1,92 @@
+"""Smooth tests of a fitted Gaussian copula: moments that vanish under it, cheap in any dimension."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from tinyalign.theory.copula import EllipticalCopula
+
+__all__ = ["Moments", "smooth_test"]
+
+FloatArray = NDArray[np.float64]
+_PAIRS = 5
+_REJECT = 4.5  # standard errors
+_LEVEL = 5e-4  # chance of calling an elliptical law turned
+_ELLIPTICAL = 5.5  # standard errors beyond which a moment speaks against every elliptical law
+
+
+class Moments(NamedTuple):
+    """What the moments say of a Gaussian copula.
+
+    Attributes:
+        fits: the moments of the leading canonical pairs are those of the law.
+        turned: what one side says of the other depends on its radius.
+        radial: the samples look like a Student copula: the squared radius varies more than it should, and the moments
+            that vanish under every elliptical law do.
+    """
+
+    fits: bool
+    turned: bool
+    radial: bool
+
+
+def smooth_test(law: EllipticalCopula) -> Moments:
+    """Test a Gaussian copula with Hermite moments of its leading canonical pairs, each of variance 1 / n under the law.
+
+    Source:
+        Neyman 1937 (smooth tests); Mardia 1970 (kurtosis).
+    """
+    small = law.leading(_PAIRS)
+    n, s = law.n, small.split
+    width = len(small.correlation)
+    pairs = min(s, width - s)
+    rho = np.diag(small.correlation[:pairs, s : s + pairs])
+    scale = np.sqrt(np.maximum(1 - rho**2, 1e-12))
+    u, v = small.points[:, :pairs], small.points[:, s : s + pairs]
+    e = (v - rho * u) / scale
+    u2, e2 = (u**2 - 1) / math.sqrt(2), (e**2 - 1) / math.sqrt(2)
+    u3, e3 = (u**3 - 3 * u) / math.sqrt(6), (e**3 - 3 * e) / math.sqrt(6)
+    products = np.stack([u2 * e2, u * e2, u2 * e, u * e3, u3 * e])  # the second and third vanish under all ellipses
+    moments = products.mean(axis=1)
+    # A band of even noise, or clusters: the residuals of a pair are not normal.
+    third, fourth = (e**3).mean(axis=0) / math.sqrt(6), (e**4 - 3).mean(axis=0) / math.sqrt(24)
+    every = np.concatenate([moments, third[None], fourth[None]])
+    statistic = n * float((every**2).sum())
+    count = every.size
+    # Wilson-Hilferty: the cube root of a chi-square over its degrees is nearly normal.
+    deviation = ((statistic / count) ** (1 / 3) - (1 - 2 / (9 * count))) / math.sqrt(2 / (9 * count))
+    whitened = small.points.copy()
+    whitened[:, s : s + pairs] = e
+    radius = (whitened**2).sum(axis=1)
+    d = whitened.shape[1]
+    kurtosis = (float((radius**2).mean()) - d * (d + 2)) / math.sqrt(8 * d * (d + 2) / n)
+    turns = _turns(law, e, (u - rho * v) / scale)
+    skewed = np.abs(moments[1:3]) / (products[1:3].std(axis=1) / math.sqrt(n) + 1e-12)
+    radial = kurtosis > 4.0 or float(moments[0].max()) * math.sqrt(n) > 4.0
+    return Moments(deviation < _REJECT, turns, radial and not turns and float(skewed.max()) < _ELLIPTICAL)
+
+
+def _turns(law: EllipticalCopula, of_y: FloatArray, of_x: FloatArray) -> bool:
+    """Say whether what a side predicts of the other depends on its radius, as where it was bent into a spiral.
+
+    The residuals of the leading pairs are held against every other canonical column of the other side times its centred
+    squared radius.
+    """
+    full = law.leading(max(law.split, len(law.correlation) - law.split))
+    for residual, columns in ((of_y, slice(0, law.split)), (of_x, slice(law.split, None))):
+        white = full.points[:, columns]
+        d = white.shape[1]
+        if d == 1:
+            continue
+        turned = residual * (((white**2).sum(axis=1, keepdims=True) - d) / math.sqrt(2 * d))
+        # The samples' own variance: tails as heavy as Student's are no turn.
+        scores = np.abs(turned.T @ white) / np.sqrt((turned**2).T @ white**2)
+        np.fill_diagonal(scores, 0.0)  # a pair's own column moves with its tails
+        if float(scores.max()) > float(ndtri(1.0 - _LEVEL / scores.size)):
+            return True
+    return False
