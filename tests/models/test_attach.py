@@ -9,6 +9,9 @@ import attach_families as F
 import pytest
 import torch
 
+from tinyalign.connectors import RAGConnector
+from tinyalign.models import attach_memory
+
 
 def prepared(name: str = "llava", rows: Any = None) -> tuple[Any, dict[str, Any]]:
     aligned = F.attach(F.build(name))
@@ -137,6 +140,14 @@ def test_a_copy_carries_its_own_branch() -> None:
     assert not torch.allclose(twin(**batch, retrieved=(values, mask)).logits, expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_branch_is_in_the_models_own_mode(training: bool) -> None:
+    """A model that `from_pretrained` opened is in evaluation mode, and generates at once."""
+    model = F.build("llama").train(training)
+    aligned = attach_memory(model, connector=RAGConnector(F.LATENT, F.WIDTH))
+    assert {module.training for module in aligned.modules()} == {training}
+
+
 def test_every_arm_of_the_bank() -> None:
     aligned, batch = prepared()
     own = torch.tensor([0, 5])
@@ -148,40 +159,3 @@ def test_every_arm_of_the_bank() -> None:
     asked = aligned(**batch, queries=aligned.memory.keys([4, 4]), sample_ids=own).logits
     values, mask = aligned.memory.gather(aligned.memory.neighbours(aligned.memory.keys([4, 4]), 2, exclude_ids=own).ids)
     torch.testing.assert_close(asked, aligned(**batch, retrieved=(values, mask)).logits)
-
-
-def _llava_processor() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "?": 3, **{f"w{at}": at for at in range(4, 100)}, "<image>": 100}
-    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.add_special_tokens(["<pad>", "<s>", "</s>", "<image>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return LlavaProcessor(
-        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        image_token="<image>",
-    )  # fmt: skip
-
-
-def test_the_models_own_processor_places_the_tokens() -> None:
-    from PIL import Image
-
-    aligned = F.attach(F.build("llava"), processor=_llava_processor())
-    red, text = Image.new("RGB", (20, 20), "red"), ["<s> <image> w5 w6", "<s> w7 <image> w8 w9"]
-    inputs = aligned.processor(images=[red, red], text=text, padding=True, padding_side="left")
-    rag = [aligned.rag_token_id] * 6
-    assert inputs["input_ids"].tolist() == [
-        [0, 1, *[100] * 4, *rag, 5, 6],
-        [1, 7, *[100] * 4, *rag, 8, 9],
-    ]
-    assert inputs["attention_mask"].tolist() == [[0, *[1] * 13], [1] * 14]
-    assert aligned.generate(**inputs, max_new_tokens=2, suppress_tokens=[100]).shape[0] == 2
-    plain = aligned.processor(images=[red], text=text[:1], retrieval="off")
-    assert plain["input_ids"].tolist() == [[1, *[100] * 4, 5, 6]]
-    assert torch.equal(aligned(**plain, retrieval="off").logits, aligned.model(**plain).logits)
-    alone = aligned.processor(text=["<s> w5"])
-    assert alone["input_ids"].tolist() == [[1, *rag, 5]]

@@ -47,11 +47,16 @@ def test_a_query_is_pooled_from_the_rows_own_pictures_and_words(name: str) -> No
     values, mask = bank.gather(bank.neighbours(asked, F.K).ids)
     with torch.no_grad():
         torch.testing.assert_close(aligned(**batch).logits, aligned(**batch, retrieved=(values, mask)).logits)
+        named = aligned.query_fingerprint()
         for part, parameter in aligned.model.named_parameters():  # a projector that learns must not move the queries
-            if "projector" in part or "connector" in part or "merger" in part or "language_model" in part:
+            if any(name in part for name in ("projector", "connector", "merger", "language_model", "qformer")):
                 parameter.add_(torch.randn_like(parameter))
-    if name != "qwen3_vl":  # its tower merges inside
         torch.testing.assert_close(aligned.queries(batch)[0], asked)
+        assert aligned.query_fingerprint() == named
+        for parameter in tower_of(aligned.model).parameters():
+            parameter.add_(torch.randn_like(parameter))
+        assert (aligned.queries(batch)[0] - asked).abs().max() > 1e-4
+        assert aligned.query_fingerprint() != named
 
 
 @pytest.mark.parametrize("name", SEEING)

@@ -95,7 +95,12 @@ def attach_memory(
             f"width {connector.latent_dim}. Build it with the width of the bank's latents."
         )
     aligned = AttachedVLM(
-        vlm, connector, rows - 1 if inside else rows, num_neighbours=k, num_latents=latents, retrieval=retrieval
+        vlm,
+        connector,
+        rows - 1 if inside else max(rows, known),
+        num_neighbours=k,
+        num_latents=latents,
+        retrieval=retrieval,
     )
     check_arm(where, retrieval)
     aligned._processor = processor
@@ -109,7 +114,7 @@ def attach_memory(
     aligned._memory.value = memory
     check_query(aligned)
     aligned.plug.install()
-    return aligned
+    return aligned.train(vlm.training)  # so that a model opened to be used can be used
 
 
 def check_query(aligned: AttachedVLM) -> None:

@@ -118,7 +118,11 @@ class TowerQuery:
     def fingerprint(self) -> dict[str, str | int | float | bool | None]:
         """Name the tower, the words and the key as the fields of a bank's fingerprint."""
         tower, text = tower_of(self.model), _text_config(self.model)
-        state = {n: v.to(torch.bfloat16) for n, v in tower.state_dict().items() if v.is_floating_point()}
+        state = {  # what Qwen calls merger is its projector: no query passes it
+            name: value.to(torch.bfloat16)
+            for name, value in tower.state_dict().items()
+            if value.is_floating_point() and "merger" not in name
+        }
         own: Any = getattr(self.key, "fingerprint", None)
         pooling = dict(own()) if own is not None else {"key.pooling": type(self.key).__name__}
         words = getattr(self.words, "__qualname__", type(self.words).__name__)
