@@ -41,7 +41,7 @@ from tinyalign.models.frozen_training import fit_compressor, fit_frozen
 from tinyalign.models.sample_encoder import caption_of
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 
-BANK, TRAIN, HELDOUT = 4000, 2000, 400
+BANK, TRAIN, HELDOUT = 8000, 512, 400
 STEPS, COMPRESSOR_STEPS, RATE = 300, 600, 2e-3
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 ARMS = {"baseline": "off", "tinyalign": "bank", "prompt (control)": "prompt"}
