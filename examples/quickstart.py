@@ -21,31 +21,35 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from tinyalign.data import DigitScenes, LlavaCollator
-from tinyalign.memory import (
-    AttentionPooledKey,
-    MemoryBank,
-    build_memory_bank,
-    leakage_report,
-    precompute_neighbours,
-)
-from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM, arm_neighbours
+from tinyalign.data import DigitScenes, Sample
+from tinyalign.memory import AttentionPooledKey, MemoryBank, build_memory_bank, leakage_report
+from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
 from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_parts
+from tinyalign.models.frozen import (
+    FoundNeighbours,
+    FrozenSamples,
+    compress_samples,
+    find_neighbours,
+    freeze_samples,
+    frozen_bank,
+)
+from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import NLLTable, delta_emi, effective_mutual_information
 
-BANK, TRAIN, HELDOUT = 6000, 2000, 400  # scenes; no handwriting is shared between the three
+BANK, TRAIN, HELDOUT = 8000, 512, 400  # scenes; no handwriting is shared between the three
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 600, 400, 200
@@ -57,25 +61,14 @@ CONTROLS = ("shuffled", "random", "constant", "prompt")
 console = Console()
 
 
-class Frozen(NamedTuple):
-    """One set of samples with everything that no training changes."""
-
-    samples: Any
-    rows: dict[str, Tensor]  # tokens, labels, ids
-    prompts: dict[str, Tensor]  # the same rows up to where the answer begins, padded on the left
-    features: Tensor
-    queries: Tensor
-
-
 class Task(NamedTuple):
     """What one stage trains and is measured on, and how it is trained."""
 
-    train: Frozen
-    heldout: Frozen
-    questions: Frozen
+    train: FrozenSamples
+    heldout: FrozenSamples
+    questions: FrozenSamples
     steps: int
     rate: float
-    seed: int
 
 
 class Outcome(NamedTuple):
@@ -121,34 +114,46 @@ def main() -> None:
 
 def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path) -> tuple[dict, dict]:
     """Run every arm once; return the summary, and what the pictures are drawn from."""
-    # The frozen side: scenes, compressor, bank.
-    memory_scenes = DigitScenes("memory", BANK, seed=seed)
-    compressor = PerceiverCompressor(
-        parts.vision_tower.config.hidden_size, vocab_size=len(parts.tokenizer), sizes=SIZES, seed=seed
-    )
+    # The compressor, trained without the language model, and the bank it fills.
+    scenes = DigitScenes("memory", BANK, seed=seed)
+    image_dim, vocab_size = parts.vision_tower.config.hidden_size, len(parts.tokenizer)
+    compressor = PerceiverCompressor(image_dim, vocab_size=vocab_size, sizes=SIZES, seed=seed)
     encode = SampleEncoder(
         PairEncoder(parts.vision_tower, compressor, AttentionPooledKey()), parts.image_processor, parts.tokenizer
     )
-    train_compressor(encode, memory_scenes, seed)
-    bank = build_memory_bank(
-        memory_scenes, encode, bank_path, batch_size=128, resume=False, fingerprint=encode.fingerprint(), progress=False
+    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=seed)
+    pairs = freeze_samples(scenes, encode)
+    watch = partial(track, description=f"seed {seed}, compressor")
+    fit_compressor(pretrainer, pairs, encode, steps=COMPRESSOR_STEPS, seed=seed, track=watch)
+    build_memory_bank(
+        scenes, encode, bank_path, batch_size=128, resume=False, fingerprint=encode.fingerprint(), progress=False
     )
     bank = MemoryBank.load(bank_path, mmap=True)
-    train = freeze(DigitScenes("train", TRAIN, seed=seed), parts, encode)
-    heldout = freeze(DigitScenes("heldout", HELDOUT, seed=seed), parts, encode)
-    # Questions are about the same images, in the same order.
-    ask_train, ask_heldout = (
-        freeze(every_question(DigitScenes(split, count, seed=seed, task="question")), parts, encode, same)
-        for split, count, same in (("train", TRAIN, train), ("heldout", HELDOUT, heldout))
+
+    # The frozen side of what connectors train and are measured on; questions are about the captions' images.
+    train, heldout, ask_train, ask_heldout = (
+        freeze_samples(samples, encode)
+        for samples in (
+            DigitScenes("train", TRAIN, seed=seed),
+            DigitScenes("heldout", HELDOUT, seed=seed),
+            DigitScenes("train", TRAIN, seed=seed, task="question"),
+            one_question_each(DigitScenes("heldout", HELDOUT, seed=seed, task="question")),
+        )
     )
-    stage_1 = Task(train, heldout, ask_heldout, STAGE_1_STEPS, RATE_1, seed)
-    stage_2 = Task(ask_train, ask_heldout, ask_heldout, STAGE_2_STEPS, RATE_2, seed)
-    leaky_bank = with_samples(bank, encode, train)
-    table = precompute_neighbours(
-        bank, heldout.queries, NEIGHBOURS, sample_ids=heldout.rows["sample_ids"], path=bank_path.with_suffix(".table")
+    stage_1 = Task(train, heldout, ask_heldout, STAGE_1_STEPS, RATE_1)
+    stage_2 = Task(ask_train, ask_heldout, ask_heldout, STAGE_2_STEPS, RATE_2)
+    # What `self` retrieves from in training: a bank that holds the training pairs too.
+    leaky_bank = MemoryBank.merge(
+        [bank, frozen_bank(train, compress_samples(train, encode), fingerprint=bank.fingerprint)]
     )
-    neighbours = table.lookup(heldout.rows["sample_ids"]).ids
-    leakage = leakage_report(leaky_bank, train.queries, train.rows["sample_ids"], train.rows["groups"], k=NEIGHBOURS)
+
+    def found(arm: str, part: FrozenSamples) -> FoundNeighbours | None:
+        if arm in ("off", "prompt"):
+            return None
+        memory = bank
+        if arm == "self":  # what is held out is in no bank
+            memory, arm = (leaky_bank, arm) if part is train else (bank, "bank")
+        return find_neighbours(memory, part, arm=arm, k=NEIGHBOURS, seed=seed)
 
     # Stage 1, connectors alone: the same seed and the same batches for every arm.
     outcomes: dict[str, Outcome] = {}
@@ -162,23 +167,19 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
             retrieval=arm,
             connector_seed=seed,
         ).freeze_for("pretrain")
-        found = (
-            retrieve(arm, train, leaky_bank if arm == "self" else bank, seed),
-            retrieve("bank" if arm == "self" else arm, heldout, bank, seed),  # a held-out sample is in no bank
-        )
-        outcomes[name] = fit(model, stage_1, found, f"seed {seed}, stage 1, {name}")
+        outcomes[name] = fit(model, stage_1, partial(found, arm), seed, f"seed {seed}, stage 1, {name}")
     # Stage 2, questions, language model unfrozen: the baseline and TinyAlign go on from stage 1.
     instructed: dict[str, Outcome] = {}
     for name in ("baseline", "tinyalign"):
         model = copy.deepcopy(outcomes[name].model).freeze_for("instruct")
-        found = (retrieve(arms[name], ask_train, bank, seed), retrieve(arms[name], ask_heldout, bank, seed))
-        instructed[name] = fit(model, stage_2, found, f"seed {seed}, stage 2, {name}")
+        instructed[name] = fit(model, stage_2, partial(found, arms[name]), seed, f"seed {seed}, stage 2, {name}")
 
-    entropy = memory_scenes.caption_entropy
+    neighbours = find_neighbours(bank, heldout, k=NEIGHBOURS).neighbours.ids
+    leakage = leakage_report(leaky_bank, train.queries, train.rows["sample_ids"], train.rows["groups"], k=NEIGHBOURS)
     summary = {
         "seed": seed,
         "seconds": sum(o.seconds for o in [*outcomes.values(), *instructed.values()]),
-        "arms": {name: describe(o, outcomes["baseline"], 1, entropy) for name, o in outcomes.items()},
+        "arms": {name: describe(o, outcomes["baseline"], 1, scenes.caption_entropy) for name, o in outcomes.items()},
         "stage2": {name: describe(o, instructed["baseline"], 2, None) for name, o in instructed.items()},
         "retrieval": {
             "recall_at_5": recall(heldout.samples, bank, neighbours),
@@ -186,154 +187,43 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
             "self_hits": leakage.with_exclusion.self_hits,
             "self_hits_without_exclusion": leakage.without_exclusion.self_hits,
         },
-        "caption_entropy": entropy,
+        "caption_entropy": scenes.caption_entropy,
     }
     curves = {name: outcome.curve for name, outcome in outcomes.items()}
-    captions = {entry: bank.metadata(torch.tensor([entry]))[0]["text"] for entry in neighbours[:6].flatten().tolist()}
-    images = {sample.sample_id: sample.images[0] for sample in memory_scenes if sample.sample_id in captions}
+    kept = {sample.sample_id: (sample.images[0], sample.turns[1].text) for sample in pairs.samples}
     sheet = [
-        [(sample.images[0], sample.turns[1].text), *((images[i], captions[i]) for i in row)]
+        [(sample.images[0], sample.turns[1].text), *(kept[entry] for entry in row)]
         for sample, row in zip(heldout.samples[:6], neighbours[:6].tolist(), strict=True)
     ]
     return summary, {"curves": curves, "sheet": sheet}
 
 
-def train_compressor(encode: SampleEncoder, scenes: DigitScenes, seed: int) -> None:
-    """Reconstruct image features and caption from the latents; no language model takes part."""
-    features = torch.cat([encode.features(scenes[i : i + 256])[0] for i in range(0, len(scenes), 256)])
-    captions, _ = encode.tokens([sample.turns[1].text for sample in scenes])
-    compressor = encode.encoder.compressor
-    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss_of(_step: int) -> Tensor:
-        rows = torch.randint(len(scenes), (64,), generator=generator)
-        return pretrainer(features[rows], captions[rows]).loss
-
-    descend(loss_of, pretrainer.parameters(), COMPRESSOR_STEPS, 2e-3, f"seed {seed}, compressor")
-    compressor.requires_grad_(False).eval()
-
-
-def freeze(samples: Any, parts: DigitParts, encode: SampleEncoder, same: Frozen | None = None) -> Frozen:
-    """Compute once what all arms share; features and queries come from `same`, which has the same images, if given."""
-    processor = TinyAlignProcessor(
-        parts.image_processor, parts.tokenizer, num_image_tokens=encode.encoder.vision.num_tokens
-    )
-    samples = [samples[i] for i in range(len(samples))]
-    rows = LlavaCollator(processor)(samples)
-    pixels = rows.pop("pixel_values").split(256)
-    features = torch.cat([encode.encoder.image_features(part) for part in pixels]) if same is None else same.features
-    prompts = processor(
-        text=[processor.prompt(sample.turns[0].text) for sample in samples],
-        images=[sample.images[0] for sample in samples],
-    )
-    tensors = {name: value for name, value in rows.items() if isinstance(value, Tensor)}
-    asked = {name: value for name, value in prompts.items() if name != "pixel_values"}
-    return Frozen(samples, tensors, asked, features, encode.encoder.query(features) if same is None else same.queries)
-
-
-def every_question(scenes: DigitScenes) -> list:
+def one_question_each(scenes: DigitScenes) -> list[Sample]:
     """One question per scene, each kind equally often."""
     per_scene = scenes.samples_per_scene
-    return list(scenes[number * per_scene + number % per_scene] for number in range(scenes.num_scenes))
+    return [scenes[number * per_scene + number % per_scene] for number in range(scenes.num_scenes)]
 
 
-def with_samples(bank: MemoryBank, encode: SampleEncoder, train: Frozen) -> MemoryBank:
-    """Return a bank that holds the training pairs too: what `self` retrieves from, and what leakage is measured on."""
-    captions, _ = encode.tokens([sample.turns[1].text for sample in train.samples])
-    leaky = MemoryBank(bank.key_dim, bank.value_shape)
-    leaky.add(bank.keys(bank.ids), bank.gather(bank.ids[:, None])[0][:, 0], bank.ids, bank.groups)
-    values = encode.encoder.value(train.features, captions)
-    leaky.add(train.queries, values, train.rows["sample_ids"], train.rows["groups"])
-    return leaky
-
-
-def retrieve(arm: str, part: Frozen, memory: MemoryBank, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Values, mask and scores for every sample of a part, or None for an arm that retrieves nothing."""
-    if arm in ("off", "prompt"):
-        return None
-    ids, groups = part.rows["sample_ids"], part.rows["groups"]
-    found = arm_neighbours(memory, arm, part.queries, k=NEIGHBOURS, sample_ids=ids, groups=groups, seed=seed)
-    values, mask = memory.gather(found.ids)
-    return values.float(), mask, found.scores
-
-
-def given(found: Any, rows: Tensor) -> dict[str, Any]:
-    """The arguments that hand a model what was retrieved for those rows."""
-    return {} if found is None else {"retrieved": tuple(part[rows] for part in found), "retrieval": "bank"}
-
-
-def fit(model: TinyAlignVLM, task: Task, found: tuple, label: str) -> Outcome:
-    """Train on one part, measure on the other."""
+def fit(model: TinyAlignVLM, task: Task, found: Callable, seed: int, label: str) -> Outcome:
+    """Train on one part, measure on the others."""
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(task.seed)
-    epochs = task.steps * BATCH // len(task.train.samples) + 1
-    order = torch.cat([torch.randperm(len(task.train.samples), generator=generator) for _ in range(epochs)])
-
-    def call(part: Frozen, retrieved: Any, rows: Tensor) -> Any:
-        batch = {name: value[rows] for name, value in part.rows.items()}
-        return model(**batch, image_features=part.features[rows], **given(retrieved, rows))
-
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    model.train()
-    curve = descend(
-        lambda step: call(task.train, found[0], order[step * BATCH : (step + 1) * BATCH]).loss,
-        weights,
-        task.steps,
-        task.rate,
-        label,
+    curve = fit_frozen(
+        model,
+        task.train,
+        found(task.train),
+        steps=task.steps,
+        rate=task.rate,
+        batch_size=BATCH,
+        seed=seed,
+        track=partial(track, description=label),
     )
-    model.eval()
-    heldout = task.heldout
-    with torch.no_grad():
-        outputs = [call(heldout, found[1], rows) for rows in torch.arange(len(heldout.samples)).split(100)]
+    scores = score_frozen(model, task.heldout, found(task.heldout))
+    ids, groups = (task.heldout.rows[name].numpy() for name in ("sample_ids", "groups"))
     table = NLLTable(
-        torch.cat([output.per_sample_nll for output in outputs]).double().numpy(),
-        torch.cat([output.per_sample_tokens for output in outputs]).numpy(),
-        sample_ids=heldout.rows["sample_ids"].numpy(),
-        groups=heldout.rows["groups"].numpy(),
-        condition=label,
+        scores.nll.numpy(), scores.tokens.numpy(), sample_ids=ids, groups=groups, condition=label.split(", ", 1)[1]
     )
-    # Questions are about the held-out images, so what was retrieved for these serves both.
-    accuracy = answer_accuracy(model, task.questions, found[1])
+    accuracy = score_frozen(model, task.questions, found(task.questions)).accuracy
     return Outcome(model, curve, table, accuracy, time.perf_counter() - started)
-
-
-def answer_accuracy(model: TinyAlignVLM, questions: Frozen, found: Any) -> float:
-    """Share of questions whose greedily generated answer is the right one."""
-    longest = int((questions.rows["labels"] != -100).sum(dim=1).max())
-    right = 0
-    for rows in torch.arange(len(questions.samples)).split(100):
-        prompts = {name: value[rows] for name, value in questions.prompts.items()}
-        said = model.generate(
-            **prompts,
-            image_features=questions.features[rows],
-            sample_ids=questions.rows["sample_ids"][rows],
-            **given(found, rows),
-            max_new_tokens=longest,
-            do_sample=False,
-        )
-        for row, new in zip(rows.tolist(), said, strict=True):
-            labels = questions.rows["labels"][row]
-            wanted = labels[labels != -100]
-            right += int(len(new) >= len(wanted) and bool((new[: len(wanted)] == wanted).all()))
-    return right / len(questions.samples)
-
-
-def descend(loss_of: Any, weights: Iterable, steps: int, rate: float, label: str) -> list[float]:
-    weights = list(weights)
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    curve = []
-    for step in track(range(steps), label):
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        curve.append(loss.item())
-    return curve
 
 
 def shrink() -> DigitRecipe:
@@ -343,7 +233,7 @@ def shrink() -> DigitRecipe:
     return DigitRecipe(tower_steps=5, language_steps=5, batch_size=16, num_scenes=64, hidden_dim=48)
 
 
-def recall(queries: list, bank: MemoryBank, neighbours: Tensor) -> float:
+def recall(queries: Sequence[Sample], bank: MemoryBank, neighbours: Tensor) -> float:
     """Share of queries of which one neighbour has the very same caption."""
     found = [{entry["text"] for entry in bank.metadata(row)} for row in neighbours]
     return float(np.mean([sample.turns[1].text in texts for sample, texts in zip(queries, found, strict=True)]))
@@ -367,14 +257,15 @@ def describe(outcome: Outcome, baseline: Outcome, stage: int, entropy: float | N
 
 
 def as_table(summary: dict) -> Table:
-    table = Table(title=f"seed {summary['seed']}: {HELDOUT} held-out scenes, {TRAIN} to train on, a bank of {BANK}")
-    for column in ("arm", "train CE", "held-out CE", "delta EMI [95 %]", "EMI", "accuracy", "seconds"):
+    title = f"seed {summary['seed']}: {HELDOUT} held-out scenes, {TRAIN} to train on, a bank of {BANK}"
+    table = Table(title=title, box=SIMPLE, pad_edge=False)  # 80 columns are enough
+    for column in ("arm", "train", "held-out", "delta EMI [95 %]", "EMI", "acc.", "s"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for stage in ("arms", "stage2"):
         for name, arm in summary[stage].items():
             gain = arm["delta_emi"]
             table.add_row(
-                name if stage == "arms" else f"{name}, stage 2",
+                name if stage == "arms" else f"{name} (2)",
                 f"{arm['train_ce']:.3f}",
                 f"{arm['heldout_ce']:.3f}",
                 "" if name == "baseline" else f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
@@ -386,9 +277,9 @@ def as_table(summary: dict) -> Table:
     retrieval = summary["retrieval"]
     leaks = f"{retrieval['self_hits']} with exclusion, {retrieval['self_hits_without_exclusion']} without"
     table.caption = (
-        f"CE in nats per token, EMI in nats per caption of H(L) = {summary['caption_entropy']:.2f}. Recall@5 of "
-        f"captions {retrieval['recall_at_5']:.2f} (by chance {retrieval['chance_recall']:.2f}). Training samples "
-        f"that retrieve themselves: {leaks}."
+        f"Train and held-out: cross-entropy in nats per token; (2): after stage 2, answers. EMI: nats per caption, of "
+        f"H(L) = {summary['caption_entropy']:.2f}. Recall@5 of captions {retrieval['recall_at_5']:.2f} (by chance "
+        f"{retrieval['chance_recall']:.2f}). Training samples that retrieve themselves: {leaks}."
     )
     return table
 
@@ -432,7 +323,7 @@ def read_aloud(runs: list[dict]) -> list[str]:
     lines.append(
         f"Delta EMI is {np.mean([g['value'] for g in gain]):+.2f} nats per caption; its interval "
         f"{'excludes' if sure else 'includes'} zero. It is conditional on these training runs. The bank knows nothing "
-        f"of the held-out images, so this is less error of the model, not more information about the target."
+        f"of the held-out images, so what changes is the model's error, not what the input says about the target."
     )
     return lines
 

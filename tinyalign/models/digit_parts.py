@@ -48,7 +48,9 @@ _FILLER = (
     "with",
 )
 # Raise this with any change of what is trained here or of how a scene is drawn: older caches are then left aside.
-_VERSION = 1
+_VERSION = 2
+# Texts of every length from here on: a model that only read long prefixes is helped by any filler after a short one.
+_SHORTEST_PREFIX = 8
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %} ask {{ message.content }}"
@@ -71,7 +73,7 @@ class DigitRecipe:
         seed: of weights, texts and order.
     """
 
-    tower_steps: int = 800
+    tower_steps: int = 2000
     language_steps: int = 500
     batch_size: int = 128
     num_scenes: int = 8000
@@ -200,7 +202,7 @@ def _texts(
         asked, answer = (CAPTION_PROMPT, caption_of(facts))
         if rng.random() < 0.4:
             asked, answer = question_of(facts, int(rng.integers(4)))
-        prefix = _read_facts(facts, int(rng.integers(longest // 3 + 4, longest + 1)), rng)
+        prefix = _read_facts(facts, int(rng.integers(_SHORTEST_PREFIX, longest + 1)), rng)
         prompt = f"<s> ask {' '.join(prefix)} {asked} answer"
         encoded.append(
             (tokenizer.convert_tokens_to_ids(prompt.split()), tokenizer.convert_tokens_to_ids(f"{answer} </s>".split()))
