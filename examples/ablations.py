@@ -70,7 +70,7 @@ STEPS, BATCH, RATE = 200, 16, 2e-3
 COMPRESSOR_STEPS = 400
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 ALPHA = 0.4
-OTHER_TOWER = {"seed": 1, "language_steps": 1}  # only its tower is used
+OTHER_TOWER = {"seed": 1, "tower_steps": 800, "language_steps": 1}  # only its tower is used
 FULL = -1  # the whole bank
 console = Console(width=112)
 
@@ -518,6 +518,7 @@ def shrink() -> DigitRecipe:
     """Sizes that show in seconds that every table runs."""
     global BANK, TRAIN, HELDOUT, STEPS, COMPRESSOR_STEPS
     BANK, TRAIN, HELDOUT, STEPS, COMPRESSOR_STEPS = 300, 64, 20, 2, 5
+    OTHER_TOWER["tower_steps"] = 5
     return DigitRecipe(tower_steps=5, language_steps=5, batch_size=16, num_scenes=64, hidden_dim=48)
 
 
