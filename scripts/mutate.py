@@ -126,28 +126,43 @@ def run_tests(copy: Path, arguments: list[str], timeout: float) -> dict[str, Any
 class Bench:
     """A copy of the repository in which one package's tests pass, and who executes which line."""
 
-    def __init__(self, copy: Path, package: str) -> None:
+    def __init__(self, copy: Path, package: str, remembered: Path | None) -> None:
         self.copy, self.tests = copy, tests_of(package)
-        sources = [f"--cov={copy / folder}" for folder in SOURCES.get(package, (f"tinyalign/{package}",))]
-        options = [*sources, "--cov-context=test", "--cov-report="]
-        began = time.monotonic()
-        result = run_tests(copy, [*options, *self.tests], timeout=3600)
-        self.took = time.monotonic() - began
-        if result["status"] != 0:
-            said = (copy / "output.txt").read_text(errors="replace")[-3000:]
-            raise SystemExit(f"the tests of {package} must pass before anything is broken; they said:\n{said}")
-        self.seconds = result["seconds"]
+        state = hashlib.sha256()
+        for folder in [*self.tests, *SOURCES.get(package, (f"tinyalign/{package}",))]:
+            for path in sorted((copy / folder).glob("**/*.py")) or [copy / folder]:
+                state.update(path.read_bytes())
+        known = json.loads(remembered.read_text()) if remembered and remembered.exists() else {}
+        if known.get("state") != state.hexdigest():
+            known = {"state": state.hexdigest(), **self._run_whole(package)}
+            if remembered:
+                remembered.parent.mkdir(parents=True, exist_ok=True)
+                remembered.write_text(json.dumps(known))
+        self.took: float = known["took"]
+        self.seconds: dict[str, float] = known["seconds"]
+        self.by_line: dict[str, dict[str, list[str]]] = known["by_line"]
+
+    def _run_whole(self, package: str) -> dict[str, Any]:
+        """All tests of the package under coverage."""
         import coverage
 
-        data = coverage.CoverageData(str(copy / ".coverage"))
+        sources = [f"--cov={self.copy / folder}" for folder in SOURCES.get(package, (f"tinyalign/{package}",))]
+        began = time.monotonic()
+        result = run_tests(self.copy, [*sources, "--cov-context=test", "--cov-report=", *self.tests], timeout=3600)
+        if result["status"] != 0:
+            said = (self.copy / "output.txt").read_text(errors="replace")[-3000:]
+            raise SystemExit(f"the tests of {package} must pass before anything is broken; they said:\n{said}")
+        data = coverage.CoverageData(str(self.copy / ".coverage"))
         data.read()
-        self.by_line = {
-            str(Path(name).relative_to(copy)): data.contexts_by_lineno(name) for name in data.measured_files()
+        lines = {
+            str(Path(name).relative_to(self.copy)): data.contexts_by_lineno(name) for name in data.measured_files()
         }
+        took = time.monotonic() - began
+        return json.loads(json.dumps({"took": took, "seconds": result["seconds"], "by_line": lines}))
 
     def tests_for(self, path: str, lines: range) -> list[str] | None:
         """Tests that execute one of the lines, quickest first; None when a line runs at import: all of them."""
-        contexts = {context for line in lines for context in self.by_line.get(path, {}).get(line, [])}
+        contexts = {context for line in lines for context in self.by_line.get(path, {}).get(str(line), [])}
         if "" in contexts:
             return None
         names = {context.rpartition("|")[0] for context in contexts} & self.seconds.keys()
@@ -215,8 +230,10 @@ def main() -> None:
     parser.add_argument("packages", nargs="+", metavar="PACKAGE")
     parser.add_argument("--mutants", type=int, default=60, help="sampled per package")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, help="JSON lines; what stands there is not tried again")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no mutant after this long")
+    parser.add_argument("--results", type=Path, help="JSON lines; what stands there is not repeated")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="per package, start no mutant after this long"
+    )
     parser.add_argument("--patience", type=float, default=30.0, help="seconds beyond ten times what the tests took")
     parser.add_argument("--survivors", action="store_true", help="try those again that survived before")
     arguments = parser.parse_args()
@@ -237,9 +254,11 @@ def main() -> None:
         copy_repository(copy)
         for package, (targets, _) in packages.items():
             left = [target for target in targets if target.key not in results]
-            if not left or time.monotonic() - began > arguments.seconds:
+            if not left:
                 continue
-            bench = Bench(copy, package)
+            beside = arguments.results and arguments.results.with_suffix(f".{package}.json")
+            bench = Bench(copy, package, beside)
+            began = time.monotonic()
             for target in left:
                 if time.monotonic() - began > arguments.seconds:
                     break
