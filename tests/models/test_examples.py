@@ -100,6 +100,8 @@ def test_attach_smoke_reaches_what_it_predicts(tmp_path: Path) -> None:
 
 
 def test_a_loop_of_ones_own_reaches_what_it_predicts() -> None:
-    held_out = [float(loss) for loss in re.findall(r"held-out ([\d.]+)", run("own_training_loop.py", "--smoke"))]
+    said = run("own_training_loop.py", "--smoke")
+    held_out = [float(loss) for loss in re.findall(r"held-out ([\d.]+)", said)]
     assert len(held_out) == 2
     assert max(held_out) < 2.0
+    assert len(re.findall(r"says: .*\b(?:red|green|blue|yellow)\b", said)) == 2  # both have learnt to speak
