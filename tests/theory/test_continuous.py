@@ -18,9 +18,9 @@ from tinyalign.theory import (
     ross,
 )
 from tinyalign.theory.copula import canonical_variates, fit_gaussian, fit_student, normal_scores
+from tinyalign.theory.counting import count_within
 from tinyalign.theory.divergence import plane_bias
 from tinyalign.theory.nearest import ksg_local
-from tinyalign.theory.counting import count_within
 from tinyalign.theory.neighbours import kth_distance
 
 

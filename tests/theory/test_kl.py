@@ -141,34 +141,6 @@ def test_monte_carlo_sums_tokens_of_a_sequence() -> None:
     assert monte_carlo_kl(log_p, log_q, method="k1").samples.tolist() == [1.0, 1.5, 0.5]
 
 
-@pytest.mark.parametrize(("width", "shift", "scale"), [(1, 1.0, 1.0), (3, 0.5, 1.3), (20, 0.2, 1.2)])
-def test_samples_of_normals_are_within_five_hundredths(width: int, shift: float, scale: float) -> None:
-    """Mean of three: the floor set by the sample itself is near 0.04 each at 20 dimensions."""
-    truth = width * (np.log(scale) + (1 + shift**2) / (2 * scale**2) - 0.5)
-    values, covered, plain = [], 0, []
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        result = kl_from_samples(rng.normal(size=(2500, width)), scale * rng.normal(size=(2500, width)) + shift)
-        values.append(result.value)
-        plain.append(result.candidates["knn"])
-        covered += result.low <= truth <= result.high
-    assert np.mean(values) == pytest.approx(truth, abs=0.05)
-    assert covered >= 2
-    if width == 20:
-        assert abs(np.mean(plain) - truth) > 0.3
-
-
-def test_samples_of_other_laws_are_corrected_not_forced_to_be_normal() -> None:
-    rng = np.random.default_rng(0)
-    p, q = rng.exponential(1.0, (5000, 3)), rng.exponential(2.0, (5000, 3))
-    result = kl_from_samples(p, q)
-    assert result.method == "surrogate"
-    assert result.value == pytest.approx(3 * (np.log(2) - 0.5), abs=0.08)
-    assert abs(result.candidates["gaussian"] - 3 * (np.log(2) - 0.5)) > 0.2
-    assert kl_from_samples(p, q, method="knn").value == pytest.approx(result.candidates["knn"])
-    assert kl_from_samples(p, q, method="gaussian").value == pytest.approx(result.candidates["gaussian"])
-
-
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"p must hold probabilities that sum to 1, .* off by 0\.5"):
         kl_divergence([0.2, 0.3], [0.5, 0.5])
@@ -208,5 +180,5 @@ def test_bad_input_is_refused() -> None:
         kl_from_samples(np.arange(3.0), np.arange(9.0))
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         kl_from_samples(np.arange(9.0), np.arange(9.0), k=0)
-    with pytest.raises(ValueError, match="method must be one of auto, knn, gaussian, surrogate, got 'kde'"):
+    with pytest.raises(ValueError, match="method must be one of auto, knn, gaussian, margins, surrogate, got 'kde'"):
         kl_from_samples(np.arange(9.0), np.arange(9.0), method="kde")

@@ -168,7 +168,7 @@ def _by_bits(points: FloatArray, asked: FloatArray, radii: FloatArray, strict: b
 
 def _by_blocks(points: FloatArray, asked: FloatArray, radii: FloatArray, strict: bool) -> IntArray:
     # Single precision: a neighbour at the radius itself is kept out, or in, by more than its rounding.
-    slack = 1e-6 * (1.0 + radii)
+    slack = 4e-7 * (1.0 + radii)
     limits = torch.from_numpy(radii - slack if strict else radii + slack).float()
     counts = []
     for start, block in zip(range(0, len(asked), _BLOCK), distance_blocks(asked, points), strict=True):

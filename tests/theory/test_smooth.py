@@ -1,0 +1,143 @@
+"""Moments that tell a Gaussian copula from others, and the laws that neighbours are held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import stdtrit
+
+from tinyalign.theory import ksg, mutual_information
+from tinyalign.theory.continuous import _fitted
+from tinyalign.theory.copula import EllipticalCopula, _student_quantiles, _vertex, fit_gaussian, normal_scores
+from tinyalign.theory.divergence import Divergence, Search, extrapolated, plane_divergence
+from tinyalign.theory.nearest import ksg_interval, ksg_local
+from tinyalign.theory.smooth import smooth_test
+
+
+def pairs(n: int, rhos: list[float], seed: int, width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    rho = np.zeros(max(width, len(rhos)))
+    rho[: len(rhos)] = rhos
+    x, e = rng.normal(size=(2, n, len(rho)))
+    return x, rho * x + np.sqrt(1 - rho**2) * e
+
+
+def bent(x: np.ndarray, speed: float) -> np.ndarray:
+    angle = speed * (x**2).sum(axis=1)
+    turned = x.copy()
+    turned[:, 0] = np.cos(angle) * x[:, 0] - np.sin(angle) * x[:, 1]
+    turned[:, 1] = np.sin(angle) * x[:, 0] + np.cos(angle) * x[:, 1]
+    return turned
+
+
+@pytest.mark.parametrize(("width", "n"), [(1, 1000), (2, 1000), (6, 2000)])
+def test_gaussian_copulas_are_seldom_doubted(width: int, n: int) -> None:
+    """60 draws, of which at most two may be doubted; monotone maps of the columns change nothing."""
+    found = [smooth_test(_fitted(np.exp(x), y**3)) for x, y in (pairs(n, [0.8] * width, seed) for seed in range(60))]
+    assert sum(not moments.fits for moments in found) <= 2
+    assert sum(moments.turned for moments in found) <= 1
+    assert sum(moments.radial for moments in found) <= 2
+
+
+@pytest.mark.parametrize("width", [2, 5, 25])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_spiral_is_seen_in_any_dimension(width: int, side: int) -> None:
+    sides = list(pairs(4000, [0.8, 0.8], 0, width))
+    sides[side] = bent(sides[side], 0.5 / width)
+    assert smooth_test(_fitted(*sides)).turned
+    assert mutual_information(*sides).warned("bias")
+
+
+def test_a_band_of_even_noise_is_seen_and_students_tails_are_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(4000, 1))
+    band = smooth_test(_fitted(x, x + rng.uniform(-0.15, 0.15, (4000, 1))))
+    assert not band.fits
+    z = rng.normal(size=(4000, 4)) / np.sqrt(rng.chisquare(2, 4000) / 2)[:, None]
+    student = smooth_test(_fitted(z[:, :2], z[:, 2:]))
+    assert (student.fits, student.radial) == (False, True)
+    skewed = x - 0.5
+    assert not smooth_test(_fitted(skewed, skewed**2 + 0.02 * rng.normal(size=(4000, 1)))).radial
+
+
+def test_a_hidden_pair_is_measured_in_its_own_plane() -> None:
+    """A band beside six columns of noise: neighbours in eight columns see nothing of what the ellipse misses."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(5000, 1))
+    y = x + rng.uniform(-0.15, 0.15, (5000, 1))
+    noise = rng.normal(size=(2, 5000, 3))
+    result = mutual_information(np.hstack([x, noise[0]]), np.hstack([y, noise[1]]))
+    assert result.method == "surrogate"
+    assert result.warned("bias")
+    assert result.value == pytest.approx(0.15 - np.log(0.3), abs=0.06)
+    assert result.candidates["copula"] < 0.15 - np.log(0.3) - 0.08
+
+
+def test_terms_of_a_search_are_those_of_ksg() -> None:
+    x, y = pairs(2500, [0.7, 0.2], 0)
+    search = Search(np.hstack([x, y]), 2)
+    full = ksg_local(x, y, search.ks)
+    np.testing.assert_allclose(search.terms, np.stack(full, axis=1)[search.head], atol=1e-12)
+    assert len(search.head) < 2500
+    assert search.nearest == pytest.approx(full[0].mean(), abs=1e-12)
+    assert search.nearest == pytest.approx(ksg(x, y, standardize=False).value, abs=1e-9)
+
+
+def test_divergence_is_within_noise_on_the_law_and_not_beside_it() -> None:
+    x, y = pairs(4000, [0.8, 0.5], 0)
+    law = fit_gaussian(normal_scores(np.hstack([x, y])), 2)
+    check = Divergence(law, Search(law.points, 2))
+    assert check.accepted
+    assert not check.far
+    value, error = check.measured
+    assert abs(value) < 4 * error
+    wrong = EllipticalCopula(np.eye(4), 2, law.n, np.inf, law.points, np.nan)
+    beside = Divergence(wrong, check.search)
+    assert beside.far
+    assert not beside.accepted
+    assert beside.measured[0] == pytest.approx(law.information, abs=0.1)
+
+
+def test_plane_divergence_of_each_pair() -> None:
+    x, y = pairs(4000, [0.8, 0.5, 0.3], 0)
+    law = fit_gaussian(normal_scores(np.hstack([x, y])), 3).leading(3)
+    for pair in range(3):
+        value, error, clear = plane_divergence(law, pair)
+        assert abs(value) < 5 * error
+        assert abs(clear) < 4
+
+
+def test_extrapolation_recovers_a_power_law_and_leaves_a_flat_one() -> None:
+    for width, power in ((5, 1 / 2.7), (6, 1 / 3.7), (10, 1 / 7.7)):
+        bias = -0.05 * np.array([4.0, 8.0, 16.0]) ** power
+        assert extrapolated(1.0 + bias, width, 5000, 0.0, 1e-4) == pytest.approx(1.0, abs=1e-3)
+    steep = 1.0 - 0.002 * np.array([4.0, 8.0, 16.0])
+    assert extrapolated(steep, 6, 5000, 0.0, 1e-4) == pytest.approx(1.0, abs=0.01)
+    flat = np.array([0.5, 0.5, 0.5])
+    assert extrapolated(flat, 6, 5000, 0.0, 0.01) == pytest.approx(0.5)
+    assert extrapolated(np.array([0.5, 0.5]), 2, 5000, 0.0, 0.01) == pytest.approx(0.5 - 0.0155 * 0.5)
+    rising = np.array([0.50, 0.52, 0.54])
+    assert extrapolated(rising, 4, 5000, 0.0, 0.01) == pytest.approx(0.52)
+
+
+def test_the_interval_of_neighbours_extrapolates_the_spread_over_disjoint_subsets() -> None:
+    """The error at n = 2,000 from one sample against the spread over 60 fresh samples, within a factor of two."""
+    fresh = [ksg_local(*pairs(2000, [0.6], 100 + seed), [4])[0].mean() for seed in range(60)]
+    errors = [ksg_interval(*pairs(2000, [0.6], seed), 4, 0.95)[0] for seed in range(10)]
+    assert 0.5 < np.mean(errors) / np.std(fresh) < 2.0
+    assert np.isnan(ksg_interval(*pairs(50, [0.6], 0), 4, 0.95)[0])
+    assert ksg_interval(*pairs(2000, [0.6], 0), 4, 0.95)[1] == pytest.approx(2.262, abs=1e-3)
+
+
+@pytest.mark.parametrize("freedom", [0.7, 2.0, 30.0])
+@pytest.mark.parametrize("n", [1001, 4000])
+def test_students_quantiles_between_the_nodes(freedom: float, n: int) -> None:
+    exact = stdtrit(freedom, (np.arange(n) + 0.5) / n)
+    np.testing.assert_allclose(np.arcsinh(_student_quantiles(n, freedom)), np.arcsinh(exact), atol=2e-5)
+
+
+def test_the_top_of_a_parabola() -> None:
+    at = np.array([-1.0, 0.2, 2.0, 5.0])
+    assert _vertex(at, -((at - 0.7) ** 2)) == pytest.approx(0.7)
+    assert _vertex(at, at) == 5.0
+    assert _vertex(at, -at) == -1.0
