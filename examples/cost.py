@@ -155,7 +155,7 @@ def cost(name: str, stage: str, variant: str, variants: dict[str, dict]) -> Row:
         patches = model.vision.num_tokens
         batch = step_inputs(config, patches, text, 1, torch.device("meta"))
         features = torch.zeros(1, patches, TOWER.hidden_size, dtype=torch.bfloat16)
-        weights = {id(weight) for weight in model.parameters()}
+        weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
         seen: dict[int, int] = {}
         keep = Keeper(weights, seen, patches + config.num_retrieval_tokens + text)
         with (
@@ -192,7 +192,7 @@ class Keeper:
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         square = tensor.dim() >= 3 and tuple(tensor.shape[-2:]) == (self.length, self.length)
-        if id(tensor) not in self.weights and not square and not tensor.is_leaf:
+        if storage._cdata not in self.weights and not square and not tensor.is_leaf:
             self.held.append(tensor)
             self.seen[storage._cdata] = storage.nbytes()
         return tensor

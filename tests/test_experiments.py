@@ -156,6 +156,10 @@ def test_the_closed_form_equals_the_counter_at_real_widths(cost: ModuleType, mon
         assert row.flops == row.counted
     assert rows[1].positions == rows[0].positions + 8
     assert rows[0].kept_bytes < rows[1].kept_bytes
+    # Training the language model keeps its layers' inputs, but no weight: that would be hundreds of megabytes here.
+    tuned = cost.cost("qwen2-0.5b", "instruct", "baseline", variants)
+    per_position = [row.kept_bytes / row.positions for row in (rows[0], tuned)]
+    assert per_position[0] < per_position[1] < 3 * per_position[0]
     # Two weights and two biases of each connector, and no other parameter, train in stage 1.
     assert rows[0].trained == 1152 * 896 + 896 + 896 * 896 + 896
 
