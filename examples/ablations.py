@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=tuple(TABLES), help="some of the tables")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-most", type=int, help="stop after that many new cells; the next call goes on")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, proves nothing")
     args = parser.parse_args()
@@ -174,7 +175,10 @@ def main() -> None:
         recipe = shrink()
         args.seeds = 1
     args.output.mkdir(parents=True, exist_ok=True)
-    results = run(args.only, args.seeds, recipe, args.output / "cells.jsonl")
+    results, left = run(args, recipe)
+    if left:
+        console.print(f"{left} cells are left: give the command again")
+        return
     for name in args.only:
         title, cells = TABLES[name]
         rows = [summarise(label, cell, results, args.seeds) for label, cell in cells.items()]
@@ -188,8 +192,9 @@ def main() -> None:
     )
 
 
-def run(names: Sequence[str], seeds: int, recipe: DigitRecipe, path: Path) -> dict[tuple[Cell, int], dict]:
-    """Run every cell that the tables need and that was not run before."""
+def run(args: argparse.Namespace, recipe: DigitRecipe) -> tuple[dict[tuple[Cell, int], dict], int]:
+    """Run the cells that the tables need and that were not run before; return all, and how many are left."""
+    names, seeds, path = args.only, args.seeds, args.output / "cells.jsonl"
     parts = {"A": load_digit_parts(recipe)}
     wanted = list(dict.fromkeys([BASELINE, *(cell for name in names for cell in TABLES[name][1].values())]))
     if any("B" in (cell.tower, cell.bank_tower) for cell in wanted):
@@ -197,11 +202,18 @@ def run(names: Sequence[str], seeds: int, recipe: DigitRecipe, path: Path) -> di
     setting = fingerprint_of(parts["A"])
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = {(Cell(**line["cell"]), line["seed"]): line for line in lines if line["setting"] == setting}
+    allowed = len(wanted) * seeds if args.at_most is None else args.at_most
+    left = 0
     for seed in range(seeds):
         missing = [cell for cell in wanted if (cell, seed) not in kept]
+        missing, later = missing[:allowed], missing[allowed:]
+        allowed, left = allowed - len(missing), left + len(later)
         if not missing:
             continue
-        worlds = {name: World(parts[name], parts["A"].language_model, seed) for name in needed_towers(missing)}
+        folder = args.output / f"compressors-{setting}-{seed}"
+        worlds = {
+            name: World(parts[name], parts["A"].language_model, seed, folder / name) for name in needed_towers(missing)
+        }
         for at, cell in enumerate(missing):
             started = time.perf_counter()
             line = {"setting": setting, "cell": cell._asdict(), "seed": seed, **run_cell(cell, worlds, seed)}
@@ -211,7 +223,7 @@ def run(names: Sequence[str], seeds: int, recipe: DigitRecipe, path: Path) -> di
                 stream.write(json.dumps(line) + "\n")
             said = f"seed {seed}, cell {at + 1} of {len(missing)}: {name_of(cell)} {line['heldout_ce']:.3f}"
             console.print(f"{said}, {line['seconds']:.0f} s", style="dim")
-    return {key: kept[key] for key in kept if key[1] < seeds}
+    return {key: kept[key] for key in kept if key[1] < seeds}, left
 
 
 def name_of(cell: Cell) -> str:
@@ -234,8 +246,8 @@ def fingerprint_of(parts: DigitParts) -> str:
 class World:
     """What one tower makes of one seed's scenes; banks are built when a cell first asks for them."""
 
-    def __init__(self, parts: DigitParts, language_model: nn.Module, seed: int) -> None:
-        self.parts, self.language_model, self.seed = parts, language_model, seed
+    def __init__(self, parts: DigitParts, language_model: nn.Module, seed: int, folder: Path) -> None:
+        self.parts, self.language_model, self.seed, self.folder = parts, language_model, seed, folder
         self.encode = self.encoder_of(self.compressor("balanced"))
         sizes = {"memory": BANK, "train": TRAIN, "heldout": HELDOUT}
         self.split = {
@@ -259,17 +271,24 @@ class World:
             if kind == "pixels":
                 made = {name: self.pixel_values(part) for name, part in both.items()}
             else:
-                encode = self.encoder_of(self.compressor("joint" if kind == "joint" else "balanced"))
-                compressor = encode.encoder.compressor
                 if kind == "trained":
-                    compressor.requires_grad_(True)
-                    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=self.seed)
-                    fit_compressor(pretrainer, both["memory"], encode, steps=COMPRESSOR_STEPS, seed=self.seed)
+                    encode = self.encoder_of(self.trained_compressor())
                 else:
-                    compressor.fit_image_scale(both["memory"].features[:256])
+                    encode = self.encoder_of(self.compressor(kind))
+                    encode.encoder.compressor.fit_image_scale(both["memory"].features[:256])
                 made = {name: compress_samples(part, encode) for name, part in both.items()}
             self._values[kind] = made
         return self._values[kind]
+
+    def trained_compressor(self) -> PerceiverCompressor:
+        """Trained on the bank's pairs once per seed, and kept beside the cells."""
+        if not (self.folder / "config.json").exists():
+            compressor = self.compressor("balanced").requires_grad_(True)
+            pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=self.seed)
+            encode = self.encoder_of(compressor)
+            fit_compressor(pretrainer, self.split["memory"], encode, steps=COMPRESSOR_STEPS, seed=self.seed)
+            compressor.save_pretrained(self.folder)
+        return PerceiverCompressor.from_pretrained(self.folder).requires_grad_(False).eval()
 
     def pixel_values(self, part: FrozenSamples) -> Tensor:
         """The paper's value as its release makes it: an untrained Perceiver over raw pixels and caption bytes."""
