@@ -112,6 +112,76 @@ def test_other_ways_to_generate(name: str) -> None:
         assert torch.equal(assisted, alone)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llama"])
+def test_decoding_by_hand_goes_on_from_the_cache(name: str) -> None:
+    """The cache holds the retrieval run already; a step of words alone is no mistake then."""
+    aligned, batch = prepared(name)
+    words = torch.tensor([[11], [12]])
+    with torch.no_grad():
+        start = aligned(**batch, retrieved=F.latents(), use_cache=True)
+        longer = {n: v for n, v in batch.items() if n in ("pixel_values", "image_grid_thw")}
+        for part in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if part in batch:
+                more = words if part == "input_ids" else torch.full((2, 1), int(part == "attention_mask"))
+                longer[part] = torch.cat([batch[part], more], dim=1)
+        whole = aligned(**longer, retrieved=F.latents()).logits[:, -1]
+        step = {
+            "input_ids": words,
+            "attention_mask": longer["attention_mask"],
+            "past_key_values": start.past_key_values,
+        }
+        if name == "qwen2_vl":
+            step["position_ids"] = aligned.model.model.get_rope_index(
+                longer["input_ids"], longer["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"],
+                attention_mask=longer["attention_mask"],
+            )[0][..., -1:]  # fmt: skip
+        torch.testing.assert_close(aligned(**step).logits[:, -1], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_single_ids_are_looked_up_as_they_are() -> None:
+    """transformers embeds the placeholder's id alone to find where images go."""
+    aligned, _ = prepared()
+    table = aligned.model.get_input_embeddings()
+    with torch.no_grad(), aligned.use(*F.latents()):
+        for ids in (torch.tensor(5), torch.tensor([5, 6])):
+            assert torch.equal(table(ids), table.weight[ids])
+        aligned.plug.calls = 1  # nothing was written, and here it need not be
+
+
+@pytest.mark.parametrize("first", ["peft", "attach"])
+@pytest.mark.parametrize("kind", ["lora", "rows"])
+def test_peft_that_changes_the_embeddings_leaves_retrieval_alone(kind: str, first: str) -> None:
+    """LoRA on the table adds nothing to a retrieval token, and trained rows of it replace none."""
+    from peft import LoraConfig, get_peft_model
+
+    target = (
+        {"target_modules": ["embed_tokens"]} if kind == "lora" else {"trainable_token_indices": {"embed_tokens": [5]}}
+    )
+    if kind == "rows":
+        target["target_modules"] = ["q_proj"]
+    model = F.build("llama")
+    if first == "peft":
+        wrapped = get_peft_model(model, LoraConfig(r=2, **target))
+        aligned = outer = F.attach(wrapped)
+    else:
+        aligned = F.attach(model)
+        wrapped = outer = get_peft_model(aligned, LoraConfig(r=2, **target))
+    with torch.no_grad():
+        for part, parameter in wrapped.named_parameters():
+            if "lora" in part or "delta" in part:
+                parameter.add_(torch.randn_like(parameter))
+    batch = aligned.splice(F.batch_of("llama", F.ROWS))
+    values, mask = F.latents()
+    found = outer(**batch, retrieved=(values, mask)).logits
+    tokens = F.attach(F.build("llama")).connector(values, mask).tokens.detach()
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    merged = merged.detach() if first == "attach" else merged
+    bare, words = F.reference(merged, batch, aligned.rag_token_id, tokens)
+    keep = batch["attention_mask"].bool()
+    expected = bare(**words).logits
+    torch.testing.assert_close(found[keep][:, F.COLUMNS], expected[keep][:, F.COLUMNS], rtol=2e-4, atol=2e-4)
+
+
 def test_a_copy_of_the_bare_model_is_free_of_the_branch() -> None:
     aligned, batch = prepared()
     twin = copy.deepcopy(aligned.model)

@@ -67,8 +67,17 @@ def half(aligned: Any, name: str, rank: int) -> dict[str, Any]:
     return {**batch, "retrieved": (values[rank : rank + 1], mask[rank : rank + 1])}
 
 
+def steady(aligned: Any) -> Any:
+    """In training, but for dropout, so that one process can repeat what two did."""
+    for module in aligned.modules():
+        for name in ("dropout", "attention_dropout", "p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return aligned.train()
+
+
 def rank_main(rank: int, folder: str, names: list[str]) -> None:
-    """Run families in turn; in the first step rank 1 finds nothing, and has no gradient to give."""
+    """Run families in turn; rank 1 finds nothing in the first step and does without retrieval in the last."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=240)  # a rank that waits for ever fails instead
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
@@ -76,13 +85,16 @@ def rank_main(rank: int, folder: str, names: list[str]) -> None:
     for name in names:
         torch.manual_seed(0)
         aligned = F.attach(F.build(name))
-        parallel = DistributedDataParallel(aligned.eval())  # no dropout, so that one process can repeat it
+        parallel = DistributedDataParallel(steady(aligned))
         gradients[name] = []
-        for found in (rank == 0, True):
+        for step in range(3):
             aligned.zero_grad()
             batch = half(aligned, name, rank)
             values, mask = batch.pop("retrieved")
-            parallel(**batch, retrieved=(values, mask & found)).loss.backward()
+            batch["retrieved"] = (values, mask & (rank == 0 or step > 0))
+            if rank == 1 and step == 2:
+                batch = {**F.supervised(F.batch_of(name, F.ROWS[1:])), "retrieval": "off"}
+            parallel(**batch).loss.backward()
             gradients[name].append([p.grad.clone() for p in aligned.connector.parameters()])
     torch.save(gradients, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -93,8 +105,8 @@ def test_two_processes_average_the_gradients_of_every_family(tmp_path: Path) -> 
     mp.spawn(rank_main, (str(tmp_path), list(F.EVERY)), nprocs=2)
     written = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in F.EVERY:
-        aligned = F.attach(F.build(name))
-        for step, seen in enumerate(((0,), (0, 1))):
+        aligned = steady(F.attach(F.build(name)))
+        for step, seen in enumerate(((0,), (0, 1), (0,))):
             halves = []
             for rank in seen:
                 aligned.zero_grad()
@@ -123,6 +135,18 @@ def test_a_checkpoint_of_the_whole_call_finds_its_latents_again(reentrant: bool)
         gradients.append([given.grad, *(p.grad.clone() for p in aligned.connector.parameters())])
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_a_step_without_retrieval_gives_zeros_and_changes_no_bit() -> None:
+    aligned = F.attach(F.build("llava")).train()
+    batch = F.supervised(F.batch_of("llava", F.ROWS))
+    with torch.no_grad():
+        untouched = aligned.model(**batch).loss
+        next(aligned.connector.parameters()).fill_(torch.nan)  # even then
+    loss = aligned(**batch, retrieval="off").loss
+    assert torch.equal(loss, untouched)
+    loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in aligned.connector.parameters())
 
 
 def test_the_embeddings_of_a_model_that_trains_whole_learn_beside_the_branch() -> None:
