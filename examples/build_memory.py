@@ -90,6 +90,7 @@ def smoke(args: argparse.Namespace) -> None:
 
 def train_compressor(encode: SampleEncoder, samples: list, args: argparse.Namespace) -> None:
     """Reconstruct image features and caption from the latents; no language model takes part."""
+    torch.manual_seed(args.seed)
     compressor = encode.encoder.compressor
     pretrainer = PerceiverPretrainer(compressor, caption_dropout=0.1, seed=args.seed).to(args.device)
     optimizer = torch.optim.AdamW(pretrainer.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
