@@ -66,8 +66,8 @@ from tinyalign.theory import NLLTable, delta_emi
 from tinyalign.theory.intervals import ratio_interval
 
 BANK, TRAIN, HELDOUT = 8000, 512, 400  # scenes; no handwriting is shared between the three
-STEPS, BATCH, RATE = 200, 16, 2e-3
-COMPRESSOR_STEPS = 400
+STEPS, BATCH, RATE = 120, 16, 2e-3
+COMPRESSOR_STEPS = 300
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 ALPHA = 0.4
 OTHER_TOWER = {"seed": 1, "tower_steps": 800, "language_steps": 1}  # only its tower is used

@@ -46,12 +46,12 @@ from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, Percei
 from tinyalign.theory.intervals import ratio_interval
 
 ARMS = ("off", "bank", "shuffled")
-SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+SHARES = (0.2, 0.4, 0.6, 1.0)
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS = 600
-DIGITS = {"stage_1_steps": 200, "epochs": 1, "batch": 16, "rate_1": 2e-3, "rate_2": 5e-4}
-DIGIT_SCENES = {"memory": 4000, "train": 3000, "heldout": 800}
+DIGITS = {"stage_1_steps": 120, "epochs": 1, "batch": 16, "rate_1": 2e-3, "rate_2": 5e-4, "compressor_steps": 300}
+DIGIT_SCENES = {"memory": 4000, "train": 2000, "heldout": 800}
 LLAVA = {"stage_1_steps": 300, "epochs": 1, "batch": 32, "rate_1": 2e-3, "rate_2": 1e-3}
 LLAVA_EVAL = 2000  # questions of the evaluation file, drawn once
 PICTURE, TOWER_STEPS, LANGUAGE_STEPS = 32, 600, 1200  # the parts that are trained on the spot
@@ -155,7 +155,7 @@ def digit_study(recipe: DigitRecipe, seed: int) -> Study:
         scenes = DigitScenes(split, DIGIT_SCENES[split], seed=seed, task="question")
         per_scene = scenes.samples_per_scene
         asked.append(freeze_samples([scenes[n * per_scene + n % per_scene] for n in range(scenes.num_scenes)], encode))
-    bank = fill_bank(pretrain, encode, seed)
+    bank = fill_bank(pretrain, encode, seed, min(COMPRESSOR_STEPS, DIGITS["compressor_steps"]))
     return Study(pretrain, asked[0], asked[1], bank, parts.vision_tower, parts.language_model, parts.tokenizer, DIGITS)
 
 
@@ -180,7 +180,7 @@ def llava_study(args: argparse.Namespace, seed: int) -> Study:
     encode = encoder_of(tower, AutoImageProcessor.from_pretrained(vision), tokenizer, seed)
     pretrain = freeze_samples([turn for sample in known for turn in questions_of(sample)], encode)
     entries = freeze_samples([answers_of(sample) for sample in known], encode)
-    bank = fill_bank(entries, encode, seed)
+    bank = fill_bank(entries, encode, seed, COMPRESSOR_STEPS)
     language_model = AutoModelForCausalLM.from_pretrained(llm)
     asked = [freeze_samples(samples, encode) for samples in (other, [heldout[i] for i in picked])]
     return Study(pretrain, asked[0], asked[1], bank, tower, language_model, tokenizer, LLAVA)
@@ -209,9 +209,9 @@ def encoder_of(tower: nn.Module, pictures: Any, tokenizer: Any, seed: int) -> Sa
     return SampleEncoder(PairEncoder(tower, compressor, AttentionPooledKey()), pictures, tokenizer)
 
 
-def fill_bank(part: FrozenSamples, encode: SampleEncoder, seed: int) -> MemoryBank:
+def fill_bank(part: FrozenSamples, encode: SampleEncoder, seed: int, steps: int) -> MemoryBank:
     pretrainer = PerceiverPretrainer(encode.encoder.compressor, image_weight=0.1, hidden_dim=64, seed=seed)
-    fit_compressor(pretrainer, part, encode, steps=COMPRESSOR_STEPS, seed=seed)
+    fit_compressor(pretrainer, part, encode, steps=steps, seed=seed)
     return frozen_bank(part, compress_samples(part, encode))
 
 
