@@ -115,3 +115,15 @@ def test_bad_input_is_named(arguments, call, error, said):
 def test_sizes_are_positive(arguments):
     with pytest.raises(ValueError, match="must be an integer of at least 1"):
         RAGConnector(6, 8, **arguments)
+
+
+def test_what_is_learned_by_each_option_and_how_the_queries_start():
+    names = {name for name, _ in RAGConnector(6, 8, num_tokens=2, gate=True, num_ranks=3).named_parameters()}
+    mlp = {f"mlp.layers.{layer}.{leaf}" for layer in (0, 2) for leaf in ("weight", "bias")}
+    pool = {"pool.queries", "pool.norm.weight", "pool.norm.bias", "pool.key.weight", "pool.value.weight"}
+    # Keys have no bias: it would add the same to every score of a query.
+    assert names == mlp | pool | {"pool.value.bias", "gate", "rank"}
+    assert {name for name, _ in RAGConnector(6, 8).named_parameters()} == mlp
+    queries = RAGConnector(96, 8, num_tokens=64).pool.queries.detach()
+    # Length one on average: a standard deviation of 96 ** -0.5, known to 5 standard errors of 6144 numbers.
+    assert abs(queries.std().item() * 96**0.5 - 1) < 5 / (2 * queries.numel()) ** 0.5
