@@ -99,6 +99,29 @@ def test_images_of_different_numbers_of_tiles_keep_their_own() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_mllamas_empty_tiles_and_pictures_are_left_out() -> None:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    vision = {**F.MLLAMA_VIT, "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2]]}
+    config = hf.MllamaConfig(
+        text_config={"cross_attention_layers": [1], **F.TEXT}, vision_config=vision, image_token_index=F.IMAGE
+    )
+    model = hf.MllamaForConditionalGeneration(config).eval()
+    tiles = torch.tensor([[[1, 0], [1, 1]], [[1, 1], [0, 0]]])  # (rows, images, tiles)
+    pixels = torch.stack([F.picture(number, 2, 2, 3, 16, 16) for number in range(2)]) * tiles[..., None, None, None]
+    batch = {
+        "input_ids": torch.tensor([[1, F.IMAGE, F.IMAGE, 5], [1, F.IMAGE, 6, 5]]),
+        "pixel_values": pixels, "aspect_ratio_ids": torch.tensor([[1, 2], [2, 0]]), "aspect_ratio_mask": tiles,
+    }  # fmt: skip
+    images, owners = read_tower(model, batch)
+    assert owners == [0, 0, 1]
+    with torch.no_grad():
+        features = tower_of(model)(**{n: v for n, v in batch.items() if n != "input_ids"}).last_hidden_state
+    for found, expected in zip(images, (features[0, 0, :1], features[0, 1], features[1, 0]), strict=True):
+        assert torch.equal(found, expected.flatten(0, 1))
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
 def test_the_instruction_is_asked_with_and_the_answer_is_not(name: str) -> None:
     asked = queries(name, [[1, -1, 5, 6, 7]], key=BALANCED)

@@ -146,7 +146,6 @@ class AttachedVLM(nn.Module):
                 "AttachedVLM.generate: inputs_embeds must be None, got embeddings. Retrieval tokens are placed by "
                 "input_ids; pass those."
             )
-        inputs.pop("labels", None)  # a prompt has none; PaliGemma's processor writes some all the same
         inputs, tokens = self._prepare(inputs)
         if tokens is None:
             return self.model.generate(**inputs)  # type: ignore[operator]
