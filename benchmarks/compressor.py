@@ -100,11 +100,8 @@ class VisionTower:
 
 
 def train(
-    compressor: PerceiverCompressor, features: dict[Path, Tensor], pairs: list[Pair], ids: dict[str, int], steps: int
+    pretrainer: PerceiverPretrainer, features: dict[Path, Tensor], pairs: list[Pair], ids: dict[str, int], steps: int
 ) -> None:
-    pretrainer = PerceiverPretrainer(
-        compressor, bag_share=BAG_SHARE, mixed_captions=MIXED_CAPTIONS, num_patches=64, seed=SEED
-    )
     optimiser = torch.optim.AdamW(pretrainer.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(SEED)
@@ -168,6 +165,8 @@ def main() -> None:
     parser.add_argument("--train", action="append", default=[], metavar="JSON:IMAGES", help="more pairs to train on")
     parser.add_argument("--vision", help="folder of a vision tower; principal components without it")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+    parser.add_argument("--bag-share", type=float, default=BAG_SHARE, help="PerceiverPretrainer's own default is 0.3")
+    parser.add_argument("--mixed-captions", type=float, default=MIXED_CAPTIONS, help="its own default is 0")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     measured_pairs = read_pairs(arguments.measure)
@@ -219,7 +218,14 @@ def main() -> None:
     balanced.fit_image_scale(sample)
     rows["balanced, untrained"] = compressor_diagnostics(balanced, records(), seed=SEED)
     few["balanced, untrained"] = compressor_diagnostics(balanced, records(FEW), seed=SEED)
-    train(balanced.train(), features, training, ids, arguments.steps)
+    pretrainer = PerceiverPretrainer(
+        balanced,
+        bag_share=arguments.bag_share,
+        mixed_captions=arguments.mixed_captions,
+        num_patches=64,
+        seed=SEED,
+    )
+    train(pretrainer.train(), features, training, ids, arguments.steps)
     balanced.eval()
     rows["balanced, trained"] = compressor_diagnostics(balanced, records(), seed=SEED)
     few["balanced, trained"] = compressor_diagnostics(balanced, records(FEW), seed=SEED)
