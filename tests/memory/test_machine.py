@@ -34,14 +34,23 @@ class BankMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.path = self.folder / "bank"
         self.bank = MemoryBank(WIDTH, SHAPE, metric="ip")
-        self.model, self.saved, self.highest = {}, None, -1
+        self.model, self.saved = {}, None
+        self.highest = self.saved_highest = -1  # no id up to here is given out again
+
+    def now_saved(self):
+        self.saved, self.saved_highest = dict(self.model), self.highest
 
     def teardown(self):
         shutil.rmtree(self.folder)
 
-    @rule(entries=st.lists(entry, min_size=1, max_size=6, unique_by=lambda each: each[0]))
-    def add(self, entries):
-        new = kept(entries)
+    @rule(
+        entries=st.lists(entry, min_size=1, max_size=6, unique_by=lambda each: each[0]),
+        again=st.sampled_from([0, 0, 1]),
+    )
+    def add(self, entries, again):
+        new = kept(each for each in entries if again or each[0] not in self.model)
+        if not new:
+            return
         arguments = (
             torch.tensor([each[0] for each in new.values()], dtype=torch.float32),
             torch.tensor([each[1] for each in new.values()], dtype=torch.float32),
@@ -64,15 +73,19 @@ class BankMachine(RuleBasedStateMachine):
         self.highest = made
         self.model[made] = (key, (0, 0), -1, {})
 
-    @rule(gone=st.lists(ids, min_size=1, max_size=4))
-    def remove(self, gone):
-        if set(gone) - self.model.keys():
-            with pytest.raises(UnknownIdError):
-                self.bank.remove(gone)
-            return
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data):
+        gone = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
         assert self.bank.remove(gone) == len(set(gone))
         for each in set(gone):
             del self.model[each]
+
+    @rule(gone=st.lists(ids, min_size=1, max_size=4))
+    def remove_what_is_not_there(self, gone):
+        if set(gone) - self.model.keys():
+            with pytest.raises(UnknownIdError):
+                self.bank.remove(gone)
 
     @precondition(lambda self: self.model)
     @rule(
@@ -100,27 +113,26 @@ class BankMachine(RuleBasedStateMachine):
     @rule()
     def save(self):
         self.bank.save(self.path)
-        self.saved = dict(self.model)
+        self.now_saved()
 
     @precondition(lambda self: self.saved is not None and self.bank.path is not None)
     @rule()
     def commit(self):
         self.bank.commit()
-        self.saved = dict(self.model)
+        self.now_saved()
 
     @rule()
     def compact(self):
         self.bank.compact()
         if self.bank.path is not None:
-            self.saved = dict(self.model)
+            self.now_saved()
 
     @precondition(lambda self: self.saved is not None)
     @rule(mmap=st.booleans())
     def load(self, mmap):
         """What was not committed is lost."""
         self.bank = MemoryBank.load(self.path, mmap=mmap)
-        self.model = dict(self.saved)
-        self.highest = self.bank._contents.next_id - 1
+        self.model, self.highest = dict(self.saved), self.saved_highest
 
     @precondition(lambda self: self.saved is not None and self.bank.path is not None)
     @rule(moment=st.integers(0, 12), write=st.sampled_from(["commit", "compact", "save"]))
@@ -149,8 +161,8 @@ class BankMachine(RuleBasedStateMachine):
         self.bank.verify()
         assert content(self.bank) in ([self.model] if status == 0 else [self.saved, self.model])
         self.model = content(self.bank)
-        self.saved = dict(self.model)
-        self.highest = self.bank._contents.next_id - 1
+        self.highest = self.saved_highest if status else self.highest
+        self.now_saved()
 
     @precondition(lambda self: self.saved is not None and self.bank.path is not None)
     @rule()
@@ -158,6 +170,7 @@ class BankMachine(RuleBasedStateMachine):
         """Somebody else commits first: this object's changes are refused, and it has to be loaded again."""
         other = MemoryBank.load(self.path)
         (made,) = other.add(torch.ones(1, WIDTH), torch.ones(1, *SHAPE)).tolist()
+        assert made > self.saved_highest
         other.commit()
         self.saved = {**self.saved, made: ((1,) * WIDTH, (1,) * SHAPE[0], -1, {})}
         if content(self.bank) != content(other):
@@ -165,7 +178,8 @@ class BankMachine(RuleBasedStateMachine):
             with pytest.raises((StaleBankError, BankLockedError)):
                 self.bank.commit()
         self.bank = other
-        self.model, self.highest = dict(self.saved), max(self.highest, made)
+        self.model, self.highest = dict(self.saved), made
+        self.now_saved()
 
     @invariant()
     def tells_the_same(self):
