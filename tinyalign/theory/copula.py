@@ -86,15 +86,21 @@ class EllipticalCopula:
 
 
 def rank_columns(x: FloatArray) -> IntArray:
-    """Rank each column, 0..n-1; ties in order of appearance.
+    """Rank each column, 0..n-1; ties at random, as their order of appearance would tie two columns together.
 
     Shape:
         x: (n, d). returns: (n, d).
     """
     ranks = np.empty(x.shape, dtype=np.int64)
     numbers = np.arange(len(x))
+    rng = np.random.default_rng(0)
     for column in range(x.shape[1]):
-        ranks[np.argsort(x[:, column], kind="stable"), column] = numbers
+        values = x[:, column]
+        order = np.argsort(values, kind="stable")
+        if bool((np.diff(values[order]) == 0).any()):
+            mixed = rng.permutation(len(x))
+            order = mixed[np.argsort(values[mixed], kind="stable")]
+        ranks[order, column] = numbers
     return ranks
 
 

@@ -20,7 +20,7 @@ _CONTINUOUS = ("ksg", "ksg1", "ksg2", "copula", "student", "surrogate")
 _DISCRETE = ("plugin", "miller_madow", "grassberger", "chao_shen", "null_adjusted")
 _LABELLED = ("ross", "classifier")
 METHODS = ("auto", *_CONTINUOUS, *_DISCRETE, *_LABELLED, "mixed")
-_TIED = 0.5  # share of repeated values from which a float column counts as a mixture
+_TIED = 0.1  # share of repeated values from which a float column counts as a mixture
 _ROSS_DIMENSIONS = 3
 _CLEARLY = 1.5  # standard errors
 
