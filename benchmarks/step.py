@@ -51,9 +51,9 @@ SIZES = {
     "small": Sizes(
         {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3,
          "patch_size": 16},
-        {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+        {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
          "vocab_size": 8192},
-        224, 64, 24,
+        384, 64, 24,
     ),
     "tinyllama": Sizes(
         {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

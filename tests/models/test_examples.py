@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_path:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
     )  # fmt: skip
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+    while not list((tmp_path / "killed").glob("checkpoint-*/whole.json")):
         assert killed.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

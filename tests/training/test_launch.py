@@ -74,6 +74,23 @@ def test_a_bank_with_another_key_is_refused(tiny: TinyExperiment, tmp_path: Path
         compose(str(tiny.vision), str(tiny.llm), open_memory(tmp_path))
 
 
+def test_nothing_below_imports_this_package() -> None:
+    """Training and evaluation stand on everything else; nothing of the library stands on them."""
+    import ast
+
+    import tinyalign
+
+    package = Path(tinyalign.__file__).parent
+    for path in package.glob("**/*.py"):
+        inside = path.relative_to(package).parts[0]
+        named = {
+            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        }
+        for upper in {"training", "evaluation"} - {inside}:
+            if (inside, upper) != ("evaluation", "training"):
+                assert not [name for name in named if name.startswith(f"tinyalign.{upper}")], path
+
+
 GOOD = Sample("good", 1, 1, (), (Turn("user", "Red?"), Turn("assistant", "no")))
 BAD = {
     "silent": (GOOD._replace(id="silent", turns=GOOD.turns[:1]), "it has no answer"),

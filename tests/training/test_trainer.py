@@ -109,6 +109,14 @@ def test_lora_is_resumed_and_merged(trainer: Make, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_lora_is_not_sharded(trainer: Make, tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    run.model.language_model.merge_and_unload = lambda: None
+    with pytest.raises(ValueError, match="LoRA must not be sharded by FSDP, got both"):
+        run.run()
+
+
 def test_a_checkpoint_of_another_stage_is_refused(trainer: Make, tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).run()
     with pytest.raises(

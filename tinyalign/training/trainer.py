@@ -64,7 +64,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         Returns:
             ``train_loss`` (mean over the steps of this call), ``eval_loss_before`` and ``eval_loss``, in nats per
             token; None without an evaluation set.
+
+        Raises:
+            ValueError: LoRA under FSDP.
         """
+        if self.is_fsdp_enabled and hasattr(self._unwrapped().language_model, "merge_and_unload"):
+            raise ValueError(
+                "StageTrainer.run: LoRA must not be sharded by FSDP, got both: it could not be merged at the end. Use "
+                "DDP or ZeRO-2."
+            )
         output, measured = Path(self.args.output_dir), self.eval_dataset is not None
         # Within train(), where the model is wrapped already: see train().
         self.args.eval_on_start = measured and last_whole_checkpoint(output) is None
