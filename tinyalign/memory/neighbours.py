@@ -96,7 +96,7 @@ class NeighbourTable:
         """
         where = "NeighbourTable.load"
         directory = Path(path)
-        facts = read_facts(directory, FORMAT, VERSION, where)
+        facts = read_facts(directory, FORMAT, VERSION, where, COLUMNS)
         rows, k = facts["rows"], facts["k"]
         columns = {}
         for name, dtype in COLUMNS.items():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from tinyalign.memory.errors import BankCorruptedError, BankError
-from tinyalign.memory.manifest import LARGEST_COUNT, LARGEST_MANIFEST
+from tinyalign.memory.manifest import BLOCK_BYTES, LARGEST_COUNT, LARGEST_MANIFEST
 
 
-def read_facts(directory: Path, format_name: str, version: int, where: str) -> dict[str, Any]:
-    """Read ``table.json`` and check its format, version and counts."""
+def read_facts(
+    directory: Path, format_name: str, version: int, where: str, files: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read ``table.json`` and check its format, version, counts and what it says of ``files``."""
     path = directory / "table.json"
     if not path.is_file():
         raise BankError(f"{where}: path must be a {format_name}, got {str(directory)!r}. Make it first.")
@@ -32,4 +35,17 @@ def read_facts(directory: Path, format_name: str, version: int, where: str) -> d
     missing = {"content", "generation", "entries", "fingerprint", "files"} - facts.keys()
     if missing:
         raise BankCorruptedError(f"{where}: {path} must name {sorted(missing)[0]!r}, got nothing. Make it anew.")
+    if not isinstance(facts["fingerprint"], dict):
+        raise BankCorruptedError(f"{where}: {path} must hold a fingerprint of fields, got none. Make it anew.")
+    for name in files:
+        entry = facts["files"].get(name) if isinstance(facts["files"], dict) else None
+        if not _is_entry(entry):
+            raise BankCorruptedError(f"{where}: {path} must name {name}, its bytes and checksums. Make it anew.")
     return facts
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("xxh3"), str):
+        return False
+    size, sums = int(entry["bytes"]), str(entry["xxh3"])
+    return 0 <= size <= LARGEST_COUNT and len(sums) == 16 * -(-size // BLOCK_BYTES)
