@@ -460,6 +460,7 @@ def summarise(label: str, cell: Cell, results: dict[tuple[Cell, int], dict], see
         "gain_high": gain[2],
         "records_low": pooled.low,
         "records_high": pooled.high,
+        "records_half_width": (pooled.high - pooled.low) / 2 / float(np.mean(runs[0]["tokens"])),
         "recall": float(np.mean([run.get("recall", np.nan) for run in runs])),
         "exact_captions": float(np.mean([run["exact_captions"] for run in runs])),
         "seeds": seeds,
@@ -503,7 +504,10 @@ def as_table(title: str, rows: list[dict], seeds: int) -> Table:
 
 
 def draw(path: Path, title: str, rows: list[dict]) -> None:
-    """Held-out cross-entropy per cell: a dot per seed, a bar at the mean. Readable on light and on dark pages."""
+    """Held-out cross-entropy per cell. Readable on light and on dark pages.
+
+    A dot per seed, a bar at the mean, and a line for the paired difference to the baseline: its interval over scenes.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -515,6 +519,8 @@ def draw(path: Path, title: str, rows: list[dict]) -> None:
     for place, row in zip(places, rows, strict=True):
         seeds = [value for name, value in row.items() if name.startswith("heldout_ce_seed_")]
         colour = "#2a9d6f" if row["gain"] > 0 else "#d1495b" if row["gain"] < 0 else grey
+        half = row["records_half_width"]
+        axes.plot([row["heldout_ce"] - half, row["heldout_ce"] + half], [place, place], color=colour, lw=1)
         axes.plot(seeds, [place] * len(seeds), "o", color=colour, ms=5, alpha=0.6, mew=0)
         axes.plot([row["heldout_ce"]] * 2, [place - 0.28, place + 0.28], color=colour, lw=3)
         axes.annotate(f"{row['relative']:+.1%}", (1.01, place), xycoords=("axes fraction", "data"), va="center",
@@ -522,7 +528,9 @@ def draw(path: Path, title: str, rows: list[dict]) -> None:
     base = rows[0]["heldout_ce"] / (1 + rows[0]["relative"])
     axes.axvline(base, color=grey, ls=":", lw=1)
     axes.set_yticks(places, [row["cell"] for row in rows])
-    axes.set_xlabel("held-out cross-entropy, nats per token (dots: seeds; dotted: baseline)", color=grey)
+    axes.set_xlabel(
+        "held-out cross-entropy, nats per token (dots: seeds; line: 95 %, paired with the dotted baseline)", color=grey
+    )
     axes.set_title(title, color=grey, loc="left", fontsize=11)
     axes.tick_params(colors=grey)
     axes.grid(axis="x", color=grey, alpha=0.25, lw=0.6)
