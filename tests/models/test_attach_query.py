@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyalign.connectors import RAGConnector
-from tinyalign.memory import AttentionPooledKey, FingerprintMismatch, MemoryBank
-from tinyalign.models import TowerQuery, attach_memory, instruction_of, splice_rag, token_codes
+from tinyalign.memory import AttentionPooledKey, FingerprintMismatch, MemoryBank, SentenceTransformerKey
+from tinyalign.models import PairEncoder, TowerQuery, attach_memory, instruction_of, splice_rag, token_codes
 from tinyalign.models.rag_towers import _owners, _per_image, read_tower, tower_of
 
 SEEING = [name for name in F.EVERY if name not in F.LANGUAGE]
@@ -206,6 +206,59 @@ def test_words_of_ones_own() -> None:
     images = read_tower(query.model, batch).images
     torch.testing.assert_close(query(batch)[0], BALANCED(images[0][None], table[[1, 5, 6]][None]))
     assert query.fingerprint()["key.words"] != TowerQuery(query.model).fingerprint()["key.words"]
+
+
+def test_a_separate_siglip_asks_instead() -> None:
+    import transformers as hf
+
+    torch.manual_seed(1)
+    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(**{**F.VIT, "hidden_size": 48}))
+    encoder = PairEncoder(tower, None, AttentionPooledKey())
+
+    class Siglip:
+        def __call__(self, batch: Any) -> torch.Tensor:
+            return encoder.query(encoder.image_features(batch["pixel_values"]))
+
+        def fingerprint(self) -> dict[str, Any]:
+            return encoder.key_fingerprint()
+
+    bank = MemoryBank(key_dim=48, value_shape=(F.L, F.LATENT), fingerprint=encoder.key_fingerprint())
+    plain = F.batch_of("llava", F.ROWS)
+    bank.add(Siglip()(plain), torch.randn(2, F.L, F.LATENT), ids=torch.tensor([7, 8]))
+    model = F.build("llava")
+    with pytest.raises(FingerprintMismatch, match=r"key\.encoder "):
+        attach_memory(model, memory=bank, connector=RAGConnector(F.LATENT, F.WIDTH))
+    aligned = attach_memory(model, memory=bank, connector=RAGConnector(F.LATENT, F.WIDTH), k=1, query=Siglip())
+    batch = aligned.splice(plain)
+    assert bank.neighbours(aligned.queries(batch), 1).ids.flatten().tolist() == [7, 8]
+    expected = aligned(**batch, neighbour_ids=torch.tensor([[7], [8]])).logits
+    torch.testing.assert_close(aligned(**batch).logits, expected)
+
+
+def test_a_sentence_transformers_model_asks_instead() -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import BoW
+
+    words = {5: "red", 6: "circle", 7: "blue", 8: "square"}
+    key = SentenceTransformerKey(SentenceTransformer(modules=[BoW(list(words.values()))], device="cpu"))
+
+    class Sentences:
+        def __call__(self, batch: Any) -> torch.Tensor:
+            pairs = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+            return key.queries([" ".join(words.get(i, "") for i, m in zip(*p, strict=True) if m) for p in pairs])
+
+        def fingerprint(self) -> dict[str, Any]:
+            return dict(key.fingerprint())
+
+    bank = MemoryBank(key_dim=key.key_dim, value_shape=(F.L, F.LATENT), fingerprint=key.fingerprint())
+    bank.add(key.keys(["a red circle", "a blue square"]), torch.randn(2, F.L, F.LATENT), ids=torch.tensor([7, 8]))
+    connector = RAGConnector(F.LATENT, F.WIDTH)
+    aligned = attach_memory(F.build("llama"), memory=bank, connector=connector, k=1, query=Sentences()).train()
+    batch = aligned.splice(F.batch_of("llama", [[1, 7, 8, 5, 6], [1, 6, 5]]))
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, -2:] = batch["input_ids"][0, -2:]
+    asked = aligned.queries({**batch, "labels": labels})
+    assert bank.neighbours(asked, 1).ids.flatten().tolist() == [8, 7]  # by the question; the answer says red circle
 
 
 def test_a_bank_made_otherwise_is_refused() -> None:
