@@ -197,8 +197,6 @@ def run(args: argparse.Namespace, recipe: DigitRecipe) -> tuple[dict[tuple[Cell,
     names, seeds, path = args.only, args.seeds, args.output / "cells.jsonl"
     parts = {"A": load_digit_parts(recipe)}
     wanted = list(dict.fromkeys([BASELINE, *(cell for name in names for cell in TABLES[name][1].values())]))
-    if any("B" in (cell.tower, cell.bank_tower) for cell in wanted):
-        parts["B"] = load_digit_parts(DigitRecipe(**{**vars(recipe), **OTHER_TOWER}))
     setting = fingerprint_of(parts["A"])
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = {(Cell(**line["cell"]), line["seed"]): line for line in lines if line["setting"] == setting}
@@ -210,10 +208,11 @@ def run(args: argparse.Namespace, recipe: DigitRecipe) -> tuple[dict[tuple[Cell,
         allowed, left = allowed - len(missing), left + len(later)
         if not missing:
             continue
+        needed = sorted({name for cell in missing for name in (cell.tower, cell.bank_tower)})
+        if "B" in needed and "B" not in parts:
+            parts["B"] = load_digit_parts(DigitRecipe(**{**vars(recipe), **OTHER_TOWER}))
         folder = args.output / f"compressors-{setting}-{seed}"
-        worlds = {
-            name: World(parts[name], parts["A"].language_model, seed, folder / name) for name in needed_towers(missing)
-        }
+        worlds = {name: World(parts[name], parts["A"].language_model, seed, folder / name) for name in needed}
         for at, cell in enumerate(missing):
             started = time.perf_counter()
             line = {"setting": setting, "cell": cell._asdict(), "seed": seed, **run_cell(cell, worlds, seed)}
@@ -229,10 +228,6 @@ def run(args: argparse.Namespace, recipe: DigitRecipe) -> tuple[dict[tuple[Cell,
 def name_of(cell: Cell) -> str:
     """The table and label under which a cell first appears."""
     return next(f"{name}/{label}" for name, (_, cells) in TABLES.items() for label in cells if cells[label] == cell)
-
-
-def needed_towers(cells: Sequence[Cell]) -> list[str]:
-    return sorted({name for cell in cells for name in (cell.tower, cell.bank_tower)})
 
 
 def fingerprint_of(parts: DigitParts) -> str:
