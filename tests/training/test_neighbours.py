@@ -151,3 +151,30 @@ def test_the_length_budget_is_the_smaller_of_both(parts: Parts, tmp_path: Path) 
     assert collator_for(model, processor, samples, tmp_path, max_length=100).max_length == 100
     assert collator_for(model, processor, samples, tmp_path, max_length=9999).max_length == 512
     assert collator_for(model, processor, samples, tmp_path).max_length == 512
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_the_device_waits_for_nothing(tiny: TinyExperiment, tmp_path: Path) -> None:
+    """Forward and backward of a batch as the collator lays it ready: no copy from the device, no mask to ask about."""
+    model, processor = compose(str(tiny.vision), str(tiny.llm), open_memory(tiny.memory), num_neighbours=3)
+    samples = LlavaDataset(tiny.train, tiny.images)
+    batch = collator_for(model, processor, samples, tmp_path)(samples[:4])
+    expected = model.train()(**batch).loss.item()
+    model.to("cuda")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(moved(part) for part in value)
+        return value.to("cuda") if isinstance(value, torch.Tensor) else value
+
+    batch = {name: moved(value) for name, value in batch.items()}
+    model(**batch).loss.backward()  # the tower finds its last layer, and allocations
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = model(**batch).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == pytest.approx(expected, rel=1e-3)

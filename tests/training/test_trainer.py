@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from tinyalign.memory import MemoryBank
 from tinyalign.models import TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training import CheckpointError, StageTrainer, TinyExperiment, last_whole_checkpoint
+from tinyalign.training import trainer as module
 
 Make = Callable[..., StageTrainer]
 
@@ -156,6 +157,27 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     monkeypatch.undo()
     assert trainer(tmp_path).run()["eval_loss"] is not None
     assert any("checkpoint-4" in path for path in calls)
+
+
+def test_the_last_checkpoint_goes_only_when_the_next_is_sealed(
+    trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the last file and the seal: with a limit of one checkpoint, the one before must still be there."""
+    run = trainer(tmp_path, max_steps=4, save_total_limit=1)
+    real = module.seal
+
+    def killed(folder: Path) -> None:
+        if folder.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        real(folder)
+
+    monkeypatch.setattr(module, "seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-2"
+    monkeypatch.undo()
+    trainer(tmp_path, max_steps=4, save_total_limit=1).run()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(
