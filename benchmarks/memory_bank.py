@@ -1,12 +1,14 @@
 """Measure the memory bank against faiss, torch, a naive loop and the machine's limits, all in one run.
 
 Prints CPU milliseconds of one thread and ratios to the reference of each table; absolute numbers drift with the
-machine, ratios much less. ``--entries 5000`` is a quick look; ``--hnsw`` builds a graph, which takes its time.
+machine, ratios much less. ``--entries 5000`` is a quick look; ``--no-hnsw`` leaves out the graph, which takes its time
+to build. Milvus is measured where pymilvus and milvus-lite are installed, a GPU where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import subprocess
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyalign.memory import MemoryBank
+from tinyalign.memory.certified import int8_pays
 
 WIDTH, SHAPE, K = 1152, (32, 96), 5
 BATCHES = (1, 16, 256)
@@ -120,6 +123,7 @@ def search(keys: Tensor, bank: MemoryBank, hnsw: bool) -> None:
             lambda q: bank.neighbours(q, K, method="approximate").ids,
             reference,
         )
+    print(f"  certified is searched in int8 here: {int8_pays()} (otherwise exactly, by floats)")
     print(f"  keys at rest: {bank.keys().numel() * 2 / 1e6:.0f} MB; faiss flat: {bank.keys().numel() * 4 / 1e6:.0f} MB")
 
 
@@ -140,6 +144,10 @@ def drop_cache(folder: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
+
+
+def in_one_piece(table: Tensor, room: Tensor, at: Tensor) -> Tensor:
+    return room.copy_(table[int(at) : int(at) + len(room)])
 
 
 def gather(folder: Path, count: int) -> None:
@@ -167,12 +175,19 @@ def gather(folder: Path, count: int) -> None:
 
     for batch in (16, 256):
         draws = [torch.randint(count, (batch, K), generator=generator) for _ in range(20)]
-        ours = milliseconds(partial(each, bank.gather, draws), 5) / 20
-        loop = milliseconds(partial(each, naive, draws), 3) / 20
-        limit = milliseconds(partial(each, lambda ids: raw.index_select(0, ids.reshape(-1)), draws), 5) / 20
-        line(f"warm, batch {batch}: loop over fp32 in memory", f"{loop:.3f} ms")
-        line(f"warm, batch {batch}: MemoryBank, mapped", f"{ours:.3f} ms", f"{loop / ours:.1f}x less")
-        line(f"warm, batch {batch}: limit, index_select", f"{limit:.3f} ms", f"{loop / limit:.1f}x less")
+        room = torch.empty(batch * K, raw.shape[1], dtype=raw.dtype)
+        starts = [torch.randint(max(count - batch * K, 1), (), generator=generator) for _ in range(20)]
+        runs: list[tuple[str, Callable[[Tensor], Any], list[Tensor]]] = [
+            ("loop over fp32 in memory, to fp16", naive, draws),
+            ("MemoryBank, mapped", bank.gather, draws),
+            ("limit: index_select of the rows", lambda ids: raw.index_select(0, ids.reshape(-1)), draws),
+            ("limit: as many rows in one piece", partial(in_one_piece, raw, room), starts),
+        ]
+        loop = math.nan
+        for name, run, inputs in runs:
+            spent = milliseconds(partial(each, run, inputs), 3) / len(inputs)
+            loop = spent if math.isnan(loop) else loop
+            line(f"warm, batch {batch}: {name}", f"{spent:.3f} ms", f"{loop / spent:.1f}x less")
 
 
 RANK = """
@@ -244,13 +259,74 @@ def quantisation() -> None:
         bank = MemoryBank(8, SHAPE, value_dtype=dtype)
         ids = bank.add(keys, values)
         error = (bank.gather(ids)[0].float() - values).square().mean().sqrt() / spread
-        line(str(dtype).removeprefix("torch."), f"{error:.5f}", dtype.itemsize * math.prod(SHAPE))
+        name = str(dtype).removeprefix("torch.") + (", a scale per entry" if dtype == torch.int8 else "")
+        line(name, f"{error:.5f}", dtype.itemsize * math.prod(SHAPE))
+    center = values.mean(0)
+    scales = (values - center).abs().amax(0) / 127
+    error = (((values - center) / scales).round() * scales + center - values).square().mean().sqrt() / spread
+    line("int8, a scale per channel (for comparison)", f"{error:.5f}", math.prod(SHAPE))
+
+
+def on_milvus(keys: Tensor, count: int = 2000) -> None:
+    """The same contract over embedded Milvus, at a size it fills in seconds."""
+    if not (importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite")):
+        print("\nMilvus: pymilvus and milvus-lite are not installed")
+        return
+    from tinyalign.memory import MilvusMemoryBank
+
+    count = min(count, len(keys))
+    print(f"\nMilvus (embedded milvus-lite), {count} entries: wall ms per call, values included, beside MemoryBank")
+    bank = MemoryBank(WIDTH, SHAPE)
+    bank.add(keys[:count], torch.cat(list(random_values(count))))
+    with tempfile.TemporaryDirectory() as name:
+        remote = MilvusMemoryBank(str(Path(name) / "bank.db"), WIDTH, SHAPE)
+        begin = time.perf_counter()
+        remote.add_bank(bank)
+        line("fill", f"{time.perf_counter() - begin:.1f} s")
+        for batch in (1, 16):
+            queries, cells = clustered(batch, seed=batch), []
+            for each_bank in (remote, bank):
+                for exclude in ({}, {"exclude_ids": torch.arange(batch)}):
+                    each_bank.search(queries, K, **exclude)
+                    begin = time.perf_counter()
+                    each_bank.search(queries, K, **exclude)
+                    cells.append((time.perf_counter() - begin) * 1e3)
+            line(f"batch {batch}: Milvus, with exclusion", f"{cells[0]:.1f}", f"{cells[1]:.1f}")
+            line(f"batch {batch}: MemoryBank, with exclusion", f"{cells[2]:.1f}", f"{cells[3]:.1f}")
+        remote.close()
+
+
+def on_cuda(bank: MemoryBank) -> None:
+    """Search on the device, beside the product alone."""
+    if not torch.cuda.is_available():
+        print("\nCUDA: no device")
+        return
+    print(f"\nResident on {torch.cuda.get_device_name()}: device ms per call")
+    moved = bank.to("cuda")
+    keys = bank.keys().to("cuda", bank.key_dtype)
+    for batch in BATCHES:
+        queries = clustered(batch, seed=batch).cuda()
+        hidden = torch.arange(batch, device="cuda")
+        runs: dict[str, Callable[[], Any]] = {
+            "search, values included": lambda q=queries: moved.search(q, K),
+            "search, ids excluded": lambda q=queries, h=hidden: moved.search(q, K, exclude_ids=h),
+            "limit: the product alone, 16 bits": lambda q=queries: q.to(keys.dtype) @ keys.T,
+        }
+        for name, run in runs.items():
+            run()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(20):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            line(f"batch {batch}: {name}", f"{begin.elapsed_time(end) / 20:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=100_000)
-    parser.add_argument("--hnsw", action="store_true")
+    parser.add_argument("--hnsw", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where the bank is written; a temporary folder otherwise")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -271,6 +347,8 @@ def main() -> None:
         durability(folder)
         gather(folder, options.entries)
         quantisation()
+        on_milvus(keys)
+        on_cuda(MemoryBank.load(folder))
         search(keys, MemoryBank.load(folder), options.hnsw)
 
 
