@@ -88,7 +88,8 @@ def smoke(args: argparse.Namespace) -> None:
     made = write_tiny_experiment(folder, num_scenes=96)
     args.data, args.eval_data, args.images = made.train, made.heldout, made.images
     args.init, args.output = folder / "stage1", args.output or folder / "run"
-    args.global_batch, args.per_device_batch = min(args.global_batch, 16), min(args.per_device_batch, 16)
+    args.global_batch = 16
+    args.per_device_batch = min(args.per_device_batch, args.global_batch // PartialState().num_processes)
     args.max_steps = args.max_steps if args.max_steps > 0 else 30
     args.learning_rate, args.workers = args.learning_rate or 1e-2, 0
     state = PartialState()

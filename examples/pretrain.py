@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from tinyalign.data import ChatRenderer, LlavaDataset, PlainRenderer
@@ -91,7 +92,8 @@ def smoke(args: argparse.Namespace) -> None:
     made = write_tiny_experiment(folder, num_scenes=96)
     args.data, args.eval_data, args.images, args.memory = made.train, made.heldout, made.images, made.memory
     args.vision, args.llm, args.output = str(made.vision), str(made.llm), args.output or folder / "run"
-    args.global_batch, args.per_device_batch = min(args.global_batch, 16), min(args.per_device_batch, 16)
+    args.global_batch = 16
+    args.per_device_batch = min(args.per_device_batch, args.global_batch // PartialState().num_processes)
     args.max_steps = args.max_steps if args.max_steps > 0 else 20
     args.learning_rate, args.workers, args.prompt_form = 1e-2, 0, "chat"
 
