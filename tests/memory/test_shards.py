@@ -81,19 +81,34 @@ build_memory_bank(
 """
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["group", "alone"])
-def test_under_torchrun(tmp_path, group):
+@pytest.mark.parametrize(("launcher", "group"), [("torchrun", "group"), ("torchrun", "alone"), ("accelerate", "group")])
+def test_under_a_launcher(tmp_path, launcher, group):
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
     if group == "group":  # what a killed build of another plan would leave
         (tmp_path / ".bank.build").mkdir()
         (tmp_path / ".bank.build" / "shard-00000-of-00002.done.json").write_text('{"plan": {}, "skipped": []}')
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    arguments = [str(script), str(Path(__file__).parent), str(tmp_path / "bank"), group]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(script), str(Path(__file__).parent)]
+    run = subprocess.run([*command, str(tmp_path / "bank"), group], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert MemoryBank.load(tmp_path / "bank").ids.tolist() == list(range(10, 60))
+    alone = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "one"), "alone"]
+    subprocess.run(alone, check=True, timeout=600)
+    together, one = MemoryBank.load(tmp_path / "bank"), MemoryBank.load(tmp_path / "one")
+    assert together.ids.tolist() == list(range(10, 60))
+    assert together.content_hash() == one.content_hash()
+    for entry, other in zip(together.gather(together.ids), one.gather(one.ids), strict=True):
+        assert entry.equal(other)
+    assert together.metadata(together.ids) == one.metadata(one.ids)
 
 
 def test_what_is_too_large_or_never_still(random_bank, tmp_path, monkeypatch):
