@@ -35,8 +35,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tinyalign.models import TinyAlignConfig, TinyAlignVLM
-from tinyalign.models.flops import FlopCount, count_flops
+from tinyalign.models import FlopCount, TinyAlignConfig, TinyAlignVLM, count_flops
 
 # Sizes as published in each model's config.json on the Hugging Face hub.
 TOWER = SiglipVisionConfig(  # google/siglip-so400m-patch14-384

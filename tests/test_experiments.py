@@ -21,8 +21,7 @@ from scipy import stats
 
 from tinyalign.data import DigitScenes, Sample, Turn
 from tinyalign.memory import MemoryBank, leakage_report
-from tinyalign.models import TinyAlignVLM
-from tinyalign.models.flops import count_flops
+from tinyalign.models import TinyAlignVLM, count_flops
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -26,8 +26,7 @@ from transformers import (
     ViTConfig,
 )
 
-from tinyalign.models import TinyAlignConfig, TinyAlignVLM
-from tinyalign.models.flops import count_flops
+from tinyalign.models import TinyAlignConfig, TinyAlignVLM, count_flops
 from tinyalign.perceiver import use_attention_backend
 
 LANGUAGE = {

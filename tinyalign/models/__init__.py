@@ -6,6 +6,7 @@ from tinyalign.models.attach import attach_memory
 from tinyalign.models.attach_checkpoint import load_attached
 from tinyalign.models.attached import AttachedVLM
 from tinyalign.models.configuration import IMAGE_TOKEN_ID, TinyAlignConfig
+from tinyalign.models.flops import FlopCount, count_flops
 from tinyalign.models.outputs import Retrieved, TinyAlignOutput
 from tinyalign.models.pair_encoder import EncodedPair, PairEncoder
 from tinyalign.models.processor import TinyAlignProcessor
@@ -28,6 +29,7 @@ __all__ = [
     "IMAGE_TOKEN_ID",
     "AttachedVLM",
     "EncodedPair",
+    "FlopCount",
     "PairEncoder",
     "Retrieved",
     "SampleEncoder",
@@ -40,6 +42,7 @@ __all__ = [
     "VisionFeatures",
     "arm_neighbours",
     "attach_memory",
+    "count_flops",
     "instruction_of",
     "load_attached",
     "pack_images",
