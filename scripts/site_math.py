@@ -1,7 +1,7 @@
 """A build hook of the documentation: formulas become MathML, which browsers render themselves, without any script.
 
-Arithmatex marks the formulas of a page as ``\\(...\\)`` and ``\\[...\\]``; this rewrites them in the finished page.
-Only Material's successor or another theme with a renderer of its own would make it unnecessary.
+Arithmatex marks the formulas of a page; this rewrites them in the finished page. A theme with a renderer of its own
+makes it unnecessary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def as_mathml(tex: str, *, block: bool) -> str:
         '<math xmlns="http://www.w3.org/1998/Math/MathML" display="inline" aria-label="x_1"><mrow>...</mrow></math>'
     """
     rendered = convert(tex, display="block" if block else "inline")
-    unknown = re.findall(r"\\[A-Za-z]+", rendered)
+    unknown = re.findall(r"\\[A-Za-z]+|<mi>&</mi>", rendered)
     if unknown:
         raise ValueError(f"site_math: a formula must be LaTeX that latex2mathml knows, got {unknown} in {tex!r}.")
     return rendered.replace("<math ", f'<math aria-label="{html.escape(tex)}" ', 1)
