@@ -33,16 +33,16 @@ def laplace(width: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, floa
     return rng.laplace(size=(n, width)), rng.laplace(0.3, 1.2, (n, width)), truth
 
 
-@pytest.mark.parametrize("width", [1, 3, 14])
+@pytest.mark.parametrize("width", [1, 3, 10])
 def test_columns_that_are_not_normal_are_measured_one_by_one(width: int) -> None:
-    """Mean of three; the samples' own floor is near 0.03 at 14 dimensions; plain neighbours are off by 0.3 there."""
+    """Mean of three; the samples' own floor is near 0.03 at 10 dimensions; plain neighbours are off by 0.15 there."""
     found = [kl_from_samples(*laplace(width, 3000, seed)[:2]) for seed in range(3)]
     truth = laplace(width, 5, 0)[2]
     assert np.mean([result.value for result in found]) == pytest.approx(truth, abs=0.05)
     assert {result.method for result in found} == {"margins"}
     assert sum(result.low <= truth <= result.high for result in found) >= 2
-    if width == 14:
-        assert abs(np.mean([result.candidates["knn"] for result in found]) - truth) > 0.2
+    if width == 10:
+        assert abs(np.mean([result.candidates["knn"] for result in found]) - truth) > 0.1
 
 
 def test_far_samples_of_exponentials_are_not_forced_to_be_normal() -> None:
@@ -51,7 +51,7 @@ def test_far_samples_of_exponentials_are_not_forced_to_be_normal() -> None:
     truth = 3 * (np.log(2) - 0.5)
     result = kl_from_samples(p, q)
     assert result.value == pytest.approx(truth, abs=0.05)
-    assert abs(result.candidates["gaussian"] - truth) > 0.2
+    assert abs(result.candidates["gaussian"] - truth) > 0.1
     for method in ("knn", "gaussian", "surrogate", "margins"):
         assert kl_from_samples(p, q, method=method).value == pytest.approx(result.candidates[method])
 
@@ -104,12 +104,12 @@ def test_mass_where_q_has_no_samples_is_said() -> None:
 
 
 def test_equal_laws_have_no_divergence() -> None:
-    """40 pairs of equal laws: the mean within four of its standard errors of zero, and negatives are shown."""
+    """24 pairs of equal laws: the mean within four of its standard errors of zero, and negatives are shown."""
     values = []
-    for seed in range(40):
+    for seed in range(24):
         rng = np.random.default_rng(seed)
-        values.append(kl_from_samples(rng.laplace(size=(600, 3)), rng.laplace(size=(700, 3))).value)
-    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(40)
+        values.append(kl_from_samples(rng.laplace(size=(400, 3)), rng.laplace(size=(500, 3))).value)
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(24)
     assert min(values) < 0 < max(values)
 
 
