@@ -195,20 +195,27 @@ import sys, torch
 from pathlib import Path
 from tinyalign.memory import MemoryBank
 
-def pss():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+def memory():
+    # Anonymous memory of this process, and its share of the bank's files; libraries' pages come and go with others.
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            ours = sys.argv[1] in line
+        elif first == "Anonymous:" or (first == "Pss:" and ours):
+            total += int(line.split()[1]) * 1024
+    return total
 
 torch.set_num_threads(1)
 torch.randn(256, 256) @ torch.randn(256, 256)
-start = pss()
+start = memory()
 bank = MemoryBank.load(sys.argv[1])
 for begin in range(0, len(bank), 1024):
     bank.gather(bank.ids[begin : begin + 1024])
 bank.neighbours(torch.ones(1, bank.key_dim), 1)
 print("read", flush=True)
 input()
-print(pss() - start, flush=True)
+print(memory() - start, flush=True)
 input()
 """
 
@@ -217,7 +224,7 @@ def shared_memory(folder: Path) -> None:
     if not Path("/proc/self/smaps_rollup").exists():
         return
     size = sum(path.stat().st_size for path in folder.rglob("*.bin"))
-    print("\nMemory of two ranks that have both read every key and value")
+    print("\nMemory of two ranks that have both read every key and value, beside half the files")
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(folder)], **pipe) for _ in range(2)]  # type: ignore
     for rank in ranks:
@@ -226,7 +233,7 @@ def shared_memory(folder: Path) -> None:
         rank.stdin.write("\n")
         rank.stdin.flush()
         line(
-            "PSS beyond its start, half the files",
+            "memory of its own and share of the files",
             f"{int(rank.stdout.readline()) / 1e6:.0f} MB",
             f"{size / 2e6:.0f} MB",
         )
