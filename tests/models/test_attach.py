@@ -43,25 +43,20 @@ def test_a_context_serves_the_bare_model() -> None:
         aligned.model(**batch)
 
 
-def test_beams_repeat_a_rows_latents_beside_each_other() -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beams_repeat_a_rows_latents_beside_each_other(use_cache: bool) -> None:
     aligned, batch = prepared()
     values, mask = F.latents()
     given = {
-        "max_new_tokens": 4,
-        "num_beams": 3,
-        "num_return_sequences": 2,
-        "do_sample": False,
-        "suppress_tokens": [100],
-    }
-    together = F.new_ids(
-        aligned.generate(**batch, retrieved=(values, mask), **given),
-        {"input_ids": batch["input_ids"].repeat_interleave(2, 0)},
-    )
-    one = aligned.splice(F.batch_of("llava", F.ROWS[1:]))
-    alone = F.new_ids(
-        aligned.generate(**one, retrieved=(values[1:], mask[1:]), **given), {"input_ids": one["input_ids"].repeat(2, 1)}
-    )
-    assert together[2:] == alone
+        "max_new_tokens": 4, "num_beams": 4, "num_return_sequences": 2, "do_sample": False, "suppress_tokens": [100],
+        "use_cache": use_cache,
+    }  # fmt: skip
+    width = batch["input_ids"].shape[1]
+    together = aligned.generate(**batch, retrieved=(values, mask), **given)[:, width:].tolist()
+    for at in range(2):
+        one = aligned.splice(F.batch_of("llava", F.ROWS[at : at + 1]))
+        alone = aligned.generate(**one, retrieved=(values[at : at + 1], mask[at : at + 1]), **given)
+        assert together[2 * at : 2 * at + 2] == alone[:, one["input_ids"].shape[1] :].tolist()
 
 
 def test_a_prompt_in_pieces_is_the_prompt() -> None:

@@ -37,6 +37,14 @@ def test_the_bank_is_found_beside_the_adapter_wherever_both_move(tmp_path: Path)
     torch.testing.assert_close(again(**batch, sample_ids=torch.tensor([0, 5])).logits, expected)
 
 
+def test_a_connector_that_no_longer_trains_is_saved_all_the_same(tmp_path: Path) -> None:
+    aligned, batch = prepared()
+    aligned.connector.requires_grad_(False).mlp.layers[0].weight.add_(0.1)
+    aligned.save_pretrained(tmp_path)
+    given = {**batch, "retrieved": F.latents()}
+    assert torch.equal(load_attached(F.build("llava"), tmp_path).eval()(**given).logits, aligned(**given).logits)
+
+
 def test_lora_is_saved_with_the_connector(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
