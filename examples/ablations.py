@@ -177,18 +177,18 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     results, left = run(args, recipe)
     if left:
-        console.print(f"{left} cells are left: give the command again")
+        console.print(f"{left} cells are left: give the command again ({time.process_time():.0f} s of processor time)")
         return
     for name in args.only:
         title, cells = TABLES[name]
         rows = [summarise(label, cell, results, args.seeds) for label, cell in cells.items()]
         write_csv(args.output / f"{name}.csv", rows)
         draw(args.output / f"{name}.png", title, rows)
+        (args.output / f"{name}.md").write_text(as_markdown(rows), encoding="utf-8")
         console.print(as_table(title, rows, args.seeds))
-    spent = sum(results[key]["seconds"] for key in results)
     console.print(
-        f"{time.perf_counter() - started:.0f} s now, {spent:.0f} s for all cells in {args.output / 'cells.jsonl'} "
-        f"({torch.get_num_threads()} threads)."
+        f"{time.perf_counter() - started:.0f} s, of which {time.process_time():.0f} s of processor time, with "
+        f"{torch.get_num_threads()} threads; see {args.output}"
     )
 
 
@@ -496,6 +496,21 @@ def as_table(title: str, rows: list[dict], seeds: int) -> Table:
             f"{row['train_ce']:.3f}",
         )
     return table
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """The table as it goes into the documentation."""
+    seeds = range(rows[0]["seeds"])
+    lines = [
+        "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | to baseline | gain, nats per caption | recall |"
+    ]
+    lines.append("| --- |" + " --- |" * (len(seeds) + 3))
+    for row in rows:
+        runs = " | ".join(f"{row[f'heldout_ce_seed_{seed}']:.3f}" for seed in seeds)
+        gain = f"{row['gain']:+.2f} [{row['records_low']:+.2f}, {row['records_high']:+.2f}]"
+        found = "" if np.isnan(row["recall"]) else f"{row['recall']:.2f}"
+        lines.append(f"| {row['cell']} | {runs} | {row['relative']:+.1%} | {gain} | {found} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, title: str, rows: list[dict]) -> None:

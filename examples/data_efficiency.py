@@ -125,11 +125,14 @@ def study(args: argparse.Namespace, recipe: DigitRecipe) -> None:
         writer.writeheader()
         writer.writerows(rows)
     draw(args.output / "accuracy.png", rows, runs)
+    (args.output / "accuracy.md").write_text(as_markdown(rows, args.seeds), encoding="utf-8")
     console.print(as_table(rows, args.seeds))
     for sentence in read_aloud(rows):
         console.print(f"- {sentence}")
-    spent = sum(run["seconds"] for run in runs)
-    console.print(f"{time.perf_counter() - started:.0f} s now, {spent:.0f} s for all runs; see {args.output}")
+    console.print(
+        f"{time.perf_counter() - started:.0f} s, of which {time.process_time():.0f} s of processor time, with "
+        f"{torch.get_num_threads()} threads; see {args.output}"
+    )
 
 
 def name_of_setting(args: argparse.Namespace, recipe: DigitRecipe) -> str:
@@ -395,6 +398,20 @@ def as_table(rows: list[dict], seeds: int) -> Table:
             f"{row['over_baseline']:+.3f} [{row['over_baseline_low']:+.3f}, {row['over_baseline_high']:+.3f}]",
         )
     return table
+
+
+def as_markdown(rows: list[dict], seeds: int) -> str:
+    """The table as it goes into the documentation: accuracy at each share, seed by seed."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [
+        "| data | samples | " + " | ".join({"off": "baseline", "bank": "TinyAlign"}.get(a, a) for a in arms) + " |"
+    ]
+    lines.append("| --- |" + " --- |" * (len(arms) + 1))
+    for share in dict.fromkeys(row["share"] for row in rows):
+        own = [next(row for row in rows if row["arm"] == arm and row["share"] == share) for arm in arms]
+        said = [", ".join(f"{row[f'accuracy_seed_{seed}']:.3f}" for seed in range(seeds)) for row in own]
+        lines.append(f"| {share:.0%} | {own[0]['samples']} | {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, rows: list[dict], runs: list[dict]) -> None:
