@@ -5,7 +5,9 @@
 
 A page fails if it logs an error, asks for anything outside the site, has a link or an anchor that leads nowhere, an
 image that does not load, a formula that was not rendered, or is wider than the screen. The search must find
-`MemoryBank`. Exits with 1 if anything failed, with 2 where there is no Chromium. Needs nothing but the standard library.
+`MemoryBank`.
+
+Exits with 1 if anything failed, with 2 where there is no Chromium. Needs nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def as_mathml(tex: str, *, block: bool) -> str:
 
     Example:
         >>> as_mathml("x_1", block=False)
-        '<math xmlns="http://www.w3.org/1998/Math/MathML" display="inline" aria-label="x_1"><mrow>...</mrow></math>'
+        '<math aria-label="x_1" xmlns="http://www.w3.org/1998/Math/MathML" display="inline">...</math>'
     """
     rendered = convert(tex, display="block" if block else "inline")
     unknown = re.findall(r"\\[A-Za-z]+|<mi>&</mi>", rendered)
