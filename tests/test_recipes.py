@@ -96,6 +96,11 @@ def test_smoke_runs_in_two_processes(tmp_path: Path) -> None:
         assert json.loads((folder / "summary.json").read_text())["eval_loss"] > 0
 
 
+def test_evaluate_smoke_scores_what_it_predicts() -> None:
+    """Through lmms-eval where it is installed, else without; an untrained model is right twice in 64 questions."""
+    assert run("evaluate.py", "--smoke").count("0.0312") >= 2
+
+
 def bank_of(folder: Path) -> tuple[dict[str, object], np.ndarray]:
     from tinyalign.memory import MemoryBank
 
