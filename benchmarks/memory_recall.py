@@ -1,4 +1,4 @@
-"""Compare keys by what they retrieve, and value dtypes by what a trained reader loses.
+"""Compare keys by what they retrieve, how crowded they are, and how many entries are everybody's neighbour.
 
 Recall@5 is the share of held-out questions with at least one neighbour of the same answer; "chance" is that of five
 entries drawn at random. Images are seen through frozen random features of their patches, so that no weights are needed:
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyalign.data import DigitScenes, LlavaDataset, Sample, load_image
 from tinyalign.memory import (
@@ -29,7 +29,6 @@ from tinyalign.memory import (
     hub_report,
     retrieval_report,
 )
-from tinyalign.perceiver import PerceiverCompressor
 
 K, SIDE, PATCH, FEATURES = 5, 32, 8, 192
 
@@ -94,51 +93,6 @@ def compare_keys(name: str, memory: Sequence[Sample], held_out: Sequence[Sample]
         )
 
 
-def trained_reader(num: int = 1200, steps: int = 300) -> None:
-    """Train the same small reader on values kept in each dtype and compare held-out losses."""
-    print("\nA reader (layer norm, MLP) of compressed values names the first colour of a scene: held-out, nats")
-    scenes = DigitScenes("memory", num, task="caption")
-    tokens = features(scenes)
-    compressor = PerceiverCompressor(FEATURES, seed=0).eval()
-    with torch.no_grad():
-        values = torch.cat([compressor(tokens[i : i + 64]) for i in range(0, num, 64)])
-    colours = [s.turns[1].text.split()[1] for s in scenes]
-    classes = sorted(set(colours))
-    labels = torch.tensor([classes.index(c) for c in colours])
-    print(f"  {len(classes)} classes; entropy of the labels "
-          f"{-sum(p * math.log(p) for p in (labels.bincount() / num).tolist()):.3f}")  # fmt: skip
-    spread = (values - values.mean(0)).square().mean().sqrt()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
-        bank = MemoryBank(1, tuple(values.shape[1:]), value_dtype=dtype)
-        ids = bank.add(torch.ones(num, 1), values)
-        kept = bank.gather(ids)[0].float()
-        error = float((kept - values).square().mean().sqrt() / spread)
-        losses = [_train(kept, labels, len(classes), seed, steps) for seed in range(3)]
-        loss, accuracy = (sum(part) / len(losses) for part in zip(*losses, strict=True))
-        name = str(dtype).removeprefix("torch.")
-        print(f"  {name:<10} error/spread {error:.5f}   loss {loss:.4f}   accuracy {accuracy:.3f}")
-
-
-def _train(values: Tensor, labels: Tensor, classes: int, seed: int, steps: int) -> tuple[float, float]:
-    torch.manual_seed(seed)
-    inputs = values.flatten(1)
-    inputs = (inputs - inputs.mean(0)) / inputs.std()
-    reader = nn.Sequential(
-        nn.LayerNorm(inputs.shape[1]), nn.Linear(inputs.shape[1], 64), nn.GELU(), nn.Linear(64, classes)
-    )
-    half = len(labels) * 3 // 4
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.1)
-    for _ in range(steps):
-        rows = torch.randint(half, (64,))
-        loss = F.cross_entropy(reader(inputs[rows]), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        logits = reader(inputs[half:])
-    return float(F.cross_entropy(logits, labels[half:])), float((logits.argmax(1) == labels[half:]).float().mean())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, action="append", default=[])
@@ -154,7 +108,6 @@ def main() -> None:
         held = max(1, min(400, len(samples) // 5))
         chosen = [samples[i] for i in order[: options.entries + held] if len(samples[i].images) == 1]
         compare_keys(path.name, chosen[held:], chosen[:held])
-    trained_reader()
 
 
 if __name__ == "__main__":

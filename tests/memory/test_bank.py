@@ -247,3 +247,20 @@ def test_merge_of_int8_banks_with_centers_of_their_own(random_bank):
     joined = MemoryBank.merge([one, two])
     for bank in (one, two):
         torch.testing.assert_close(joined.gather(bank.ids)[0], bank.gather(bank.ids)[0], atol=0.05, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_tensors_are_taken_and_results_come_back_there():
+    keys, values, ids = torch.randn(6, 4), torch.randn(6, 2, 3), torch.arange(6)
+    bank, moved = MemoryBank(4, (2, 3)), MemoryBank(4, (2, 3))
+    bank.add(keys, values, ids=ids, groups=ids // 2)
+    moved.add(keys.cuda(), values.cuda(), ids=ids.cuda(), groups=ids.cuda() // 2)
+    assert torch.equal(moved.keys(), bank.keys())
+    found = moved.search(keys.cuda(), 2, exclude_ids=ids.cuda(), exclude_groups=[[0]] * 6)
+    expected = bank.search(keys, 2, exclude_ids=ids, exclude_groups=[[0]] * 6)
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_cuda
+        assert torch.equal(one.cpu(), other)
+    assert moved.gather(ids.cuda())[0].is_cuda
+    assert moved.remove(ids[:2].cuda()) == 2

@@ -163,6 +163,8 @@ def test_refusals(filled):
         bank.add(keys[:2], values[:2], ids=[3, 3])
     with pytest.raises(ValueError, match="keys must be non-zero"):
         bank.add(torch.zeros(1, 8), values[:1])
+    with pytest.raises(TypeError, match="keys must be a tensor, got list"):
+        bank.add([[1.0] * 8], values[:1])
     with pytest.raises(ValueError, match=r"keys must have shape \(M, 8\), got \(1, 7\)"):
         bank.add(keys[:1, :7], values[:1])
     with pytest.raises(ValueError, match=r"k must be an integer from 0.*, got -1"):

@@ -117,8 +117,8 @@ class MilvusMemoryBank:
         """Add entries as ``MemoryBank.add`` does; everything is checked before anything is sent."""
         where = f"{CALLER}.add"
         staged = Contents(self._spec)
-        if ids is None and keys.shape[0]:
-            staged.next_id = int(self.ids.max()) + 1 if len(self) else 0
+        if ids is None and len(self):
+            staged.next_id = int(self.ids.max()) + 1
         added = staged.append(keys, values, ids, groups, metadata, where)
         known = self._collection.present(added.tolist())
         if known:
