@@ -138,3 +138,21 @@ def test_a_seed_fixes_the_result() -> None:
     one, same, other = (kl_from_samples(p, q, seed=seed) for seed in (0, 0, 1))
     assert (one.value, one.details["missed"]) == (same.value, same.details["missed"])
     assert one.details["missed"] != other.details["missed"]
+
+
+def test_columns_that_add_nothing_are_left_out_and_degenerate_samples_have_no_finite_divergence() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(500, 2)), rng.normal(size=(500, 2)) + 0.5
+    plain = kl_from_samples(p, q)
+    one = np.ones((500, 1))
+    for more_p, more_q in ((p[:, :1] - 2 * p[:, 1:], q[:, :1] - 2 * q[:, 1:]), (one, one)):
+        again = kl_from_samples(np.hstack([p, more_p]), np.hstack([q, more_q]))
+        assert again.value == pytest.approx(plain.value, abs=1e-9)
+        assert again.warned("copies")
+    for more_p, more_q in ((one, 2 * one), (one, q[:, :1]), (p[:, :1], q[:, 1:] * 3), (p[:, :1], 2 * q[:, :1])):
+        infinite = kl_from_samples(np.hstack([p, more_p]), np.hstack([q, more_q]))
+        assert infinite.value == np.inf
+        assert infinite.warned("degenerate")
+    nothing = kl_from_samples(one, one)
+    assert (nothing.value, nothing.method) == (0.0, "constant")
+    assert nothing.warned("constant")

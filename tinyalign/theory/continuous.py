@@ -32,6 +32,7 @@ _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two di
 _SEEN = 4  # columns up to which neighbours see what a single pair hides
 _PAIR_REJECT = 4.5  # standard errors by which a canonical pair must differ from the law
 _DOUBTED = 2.0  # the same where moments already speak against the law
+_COPY = 1e-9  # variance of a column's normal scores that others leave
 _SINGULAR = 0.6  # of the loss ln(16 / 4) between k = 4 and 16 that a curve without noise shows
 _DETERMINISTIC = (
     "deterministic: x and y are nearly functions of one another; the information is infinite, or larger than this many "
@@ -53,7 +54,13 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
     x, y = x[:, np.ptp(x, axis=0) > 0], y[:, np.ptp(y, axis=0) > 0]
     if not x.shape[1] or not y.shape[1]:
         return Estimate(0.0, 0.0, 0.0, method="constant", n=n, warnings=warnings, level=level)
-    gaussian = _fitted(x, y)
+    scores = normal_scores(x), normal_scores(y)
+    kept = [_own_columns(side) for side in scores]
+    copies = x.shape[1] + y.shape[1] - len(kept[0]) - len(kept[1])
+    if copies:
+        x, y, scores = x[:, kept[0]], y[:, kept[1]], (scores[0][:, kept[0]], scores[1][:, kept[1]])
+        warnings += (f"copies: {copies} columns are functions of others on their side and were left out",)
+    gaussian = _fitted(x, y, scores)
     strongest = float(gaussian.leading(1).correlation[0, 1])
     if 1.0 - strongest**2 < 1e-4:
         warnings += (_DETERMINISTIC,)
@@ -88,13 +95,28 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
     return _corrected(gaussian, checks["copula"], candidates, warnings, level)
 
 
-def _fitted(x: FloatArray, y: FloatArray) -> EllipticalCopula:
+def _own_columns(scores: FloatArray) -> list[int]:
+    """Columns whose normal scores are no combination of those before them: the others add nothing."""
+    columns = list(range(scores.shape[1]))
+    correlation = scores.T @ scores / len(scores)
+    if len(columns) == 1 or float(np.linalg.eigvalsh(correlation)[0]) > _COPY:
+        return columns
+    kept: list[int] = []
+    for column in columns:
+        known = correlation[np.ix_(kept, [column])][:, 0]
+        left = 1.0 - known @ np.linalg.solve(correlation[np.ix_(kept, kept)], known) if kept else 1.0
+        if left > _COPY:
+            kept.append(column)
+    return kept
+
+
+def _fitted(x: FloatArray, y: FloatArray, scores: tuple[FloatArray, FloatArray] | None = None) -> EllipticalCopula:
     """Fit normal scores of the columns, or of the canonical variates where these hold more linear information.
 
     Both maps are invertible. The second undoes rotations of coordinates that are skewed or heavy-tailed.
     """
     split = x.shape[1]
-    plain = fit_gaussian(normal_scores(np.hstack([x, y])), split)
+    plain = fit_gaussian(np.hstack(scores or (normal_scores(x), normal_scores(y))), split)
     if max(split, y.shape[1]) == 1:
         return plain
     left, right, _ = canonical_variates(x / x.std(axis=0), y / y.std(axis=0))

@@ -23,6 +23,7 @@ _METHODS = ("auto", "knn", "gaussian", "margins", "surrogate")
 _ACCEPT = 2.5
 _SHARED = 0.05
 _BIASED = 0.03  # nats
+_FLAT = 1e-6  # share of a column's spread that others leave
 _OUTSIDE = 0.01  # of the samples of p
 _SMALLEST = 20  # neighbours that a subset of margins must be able to hold
 
@@ -86,7 +87,19 @@ def kl_from_samples(
             "Use the same features for both."
         )
     warnings = duplicate_warnings(p, "p_samples") + duplicate_warnings(q, "q_samples")
+    p, q, dropped = _own_columns(p, q)
+    if dropped:
+        warnings += (f"copies: {dropped} columns are constant or combinations of others in both and were left out",)
     n, width = p.shape
+    if width == 0:
+        return Estimate(0.0, 0.0, 0.0, method="constant", n=n, warnings=warnings, level=level)
+    flat = [name for name, side in (("p_samples", p), ("q_samples", q)) if _degenerate(side)]
+    if flat:
+        warnings += (
+            f"degenerate: {' and '.join(flat)} lie in fewer dimensions than both together, where the other law has no "
+            "density; the divergence is infinite",
+        )
+        return Estimate(math.inf, math.inf, math.inf, method="degenerate", n=n, warnings=warnings, level=level)
     columns = p, q
     # Whitening by q changes no divergence and makes the max-norm balls fit.
     shift, root = q.mean(axis=0), _whitener(q)
@@ -125,6 +138,25 @@ def kl_from_samples(
             )
         return _with_subsets(surrogate, p, q, k, level, "surrogate", candidates, warnings)
     return _by_margins(columns, (shift, root), local, (method, k, level), rng, candidates, warnings)
+
+
+def _own_columns(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, int]:
+    """Leave out columns that do not vary, or are combinations of those before them, in both samples together."""
+    both = np.vstack([p, q])
+    spread = both.std(axis=0)
+    centred = (both - both.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    own = np.abs(np.diag(np.linalg.qr(centred, mode="r"))) > _FLAT * math.sqrt(len(both))
+    kept = np.zeros(len(spread), dtype=bool)
+    kept[: len(own)] = own
+    return p[:, kept], q[:, kept], int((~kept).sum())
+
+
+def _degenerate(x: FloatArray) -> bool:
+    spread = x.std(axis=0)
+    if (spread == 0).any():
+        return True
+    values = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(x.T)))
+    return len(x) > x.shape[1] and float(values[0]) < _FLAT**2
 
 
 def _by_margins(
