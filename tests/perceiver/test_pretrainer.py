@@ -234,6 +234,13 @@ def test_a_sample_of_patches_estimates_the_whole_loss():
     torch.testing.assert_close(sampled.eval()(image, text).image_loss, whole.eval()(image, text).image_loss)
 
 
+@pytest.mark.parametrize("num_patches", [9, 10, 40])
+def test_asking_for_as_many_patches_as_there_are_takes_all(num_patches):
+    image, text = example()
+    expected = build()(image, text).image_loss
+    torch.testing.assert_close(build(num_patches=num_patches)(image, text).image_loss, expected, atol=0, rtol=0)
+
+
 def test_sampled_patches_are_compared_with_themselves():
     """A stand-in decoder that knows every patch by its position leaves no error; padding stays out of it."""
     pretrainer = build(num_patches=5, text_weight=0.0)
@@ -356,6 +363,18 @@ def test_the_report_equals_totals_by_hand_whatever_the_batching():
         assert report.token_nll == pytest.approx(-logp.gather(1, wanted[:, None]).mean().item(), abs=1e-5)
         assert report.token_accuracy == pytest.approx((logp.argmax(1) == wanted).double().mean().item())
         assert report.text_explained is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_report_is_made_out_of_training_whatever_the_mode_and_puts_it_back(training):
+    pretrainer, modes = build().train(training), []
+    pretrainer.compressor.register_forward_hook(lambda module, *_: modes.append(module.training))
+    image, text = example(2)
+    evaluate_reconstruction(pretrainer, [{"image_features": image, "text": text}])
+    assert (modes, pretrainer.training) == ([False], training)
+    with pytest.raises(ValueError, match="last size 12"):
+        evaluate_reconstruction(pretrainer, [{"image_features": image[..., :3]}])
+    assert pretrainer.training == training
 
 
 def test_the_report_of_embeddings_and_of_missing_parts():
