@@ -31,7 +31,11 @@ class AttentionBackendError(ValueError):
 class AttentionReport(NamedTuple):
     """What would run for one kind of call, why, and why each other backend would not.
 
-    ``ran`` lists the calls made so far in this process: call, backend, and who chose it.
+    Args:
+        backend: the one that would run.
+        chosen_by: what named it: an argument, a ``with`` block, the environment, or auto.
+        reasons: why each backend could not; empty for those that can.
+        ran: the calls made so far in this process, with backend and who chose it.
     """
 
     backend: str

@@ -30,7 +30,12 @@ CAPTION_PROMPT = "describe the image ."
 
 
 class Scene(NamedTuple):
-    """What is in one image: digits in increasing order, the colour of each, and the pixels.
+    """What is in one image.
+
+    Args:
+        digits: in increasing order.
+        colours: of each digit.
+        pixels: the image.
 
     Shape:
         pixels: (32, 32, 3), uint8, RGB.

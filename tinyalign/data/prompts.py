@@ -9,7 +9,12 @@ from tinyalign.data.records import IMAGE_PLACEHOLDER, Turn
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, with the character ranges (start, end) of what the assistant says."""
+    """A conversation as text.
+
+    Args:
+        text: all of it.
+        spans: character ranges (start, end) of what the assistant says.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]

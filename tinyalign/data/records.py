@@ -13,7 +13,12 @@ ROLES = ("system", "user", "assistant")
 
 
 class Turn(NamedTuple):
-    """One thing said: by whom (`system`, `user` or `assistant`), and the text with its ``<image>`` placeholders."""
+    """One thing said.
+
+    Args:
+        role: `system`, `user` or `assistant`.
+        text: with its ``<image>`` placeholders.
+    """
 
     role: str
     text: str
@@ -45,6 +50,9 @@ def stable_id(text: str) -> int:
 
     63 bits, so a collision within a million ids has a probability of about 5e-8.
 
+    Args:
+        text: the id.
+
     Example:
         >>> stable_id("000000000139.jpg") == stable_id("000000000139.jpg") >= 0
         True
@@ -55,8 +63,15 @@ def stable_id(text: str) -> int:
 def load_image(image: Path | Image.Image) -> Image.Image:
     """Read an image as RGB.
 
+    Args:
+        image: a file, or an image that is converted.
+
     Raises:
         ValueError: the file is missing, is not an image, or is cut short; the message names it.
+
+    Example:
+        >>> load_image(Image.new("L", (3, 2))).mode
+        'RGB'
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")

@@ -24,7 +24,14 @@ WHERE = "gather_rows"
 
 
 class Columns(NamedTuple):
-    """Which columns of a row hold what; a row has ``conversations`` (LLaVA's turns) or ``text`` (a caption)."""
+    """Which columns of a row hold what; a row has ``conversations`` (LLaVA's turns) or ``text`` (a caption).
+
+    Args:
+        image: column of the picture.
+        text: column of the caption.
+        conversations: column of the turns.
+        id: column of the record's name.
+    """
 
     image: str = "image"
     text: str = "text"
@@ -33,7 +40,13 @@ class Columns(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What was written: the LLaVA-format file, the folder of its pictures, and the draw that chose the rows."""
+    """What was written.
+
+    Args:
+        json_path: the LLaVA-format file.
+        image_dir: the folder of its pictures.
+        draw: which rows were chosen, and how.
+    """
 
     json_path: Path
     image_dir: Path

@@ -18,7 +18,13 @@ from tinyalign.models.retrieval import BANK_ARMS, clear_rows
 
 
 class Question(NamedTuple):
-    """A question with its pictures; `name` is what a control's draw goes by, and must differ between questions."""
+    """A question with its pictures.
+
+    Args:
+        name: what a control's draw goes by; must differ between questions.
+        text: with or without ``<image>``.
+        images: what it is about.
+    """
 
     name: str
     text: str
@@ -26,7 +32,13 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was answered, and the bank entries it was given: ids and scores, best first; empty without retrieval."""
+    """What was answered, and what it was given to answer it.
+
+    Args:
+        text: the answer.
+        neighbour_ids: of the bank entries, best first; empty without retrieval.
+        scores: of those entries.
+    """
 
     text: str
     neighbour_ids: tuple[int, ...] = ()

@@ -40,6 +40,10 @@ def normalised(text: str) -> str:
 def exact_match(answer: str, expected: str | Sequence[str]) -> bool:
     """Whether an answer equals what was expected, or one of it, after `normalised`.
 
+    Args:
+        answer: of the model.
+        expected: one wording, or several that all count.
+
     Example:
         >>> exact_match("Yes.", "yes"), exact_match("yes it is", ["yes", "no"])
         (True, False)
@@ -64,6 +68,10 @@ def says_yes(answer: str) -> bool:
 
 def yes_no_scores(answers: Sequence[str], expected: Sequence[str]) -> YesNoScores:
     """POPE's five numbers.
+
+    Args:
+        answers: of the model; what begins with yes says yes.
+        expected: yes or no, one for each.
 
     Raises:
         ValueError: no answers, another number of them, or an expectation that is neither yes nor no.

@@ -100,7 +100,16 @@ def build_memory_bank(
 
 
 def skipped_records(path: str | Path) -> list[SkippedRecord]:
-    """Return the records that a build with ``on_error="skip"`` left out of the bank at ``path``."""
+    """Return the records that a build with ``on_error="skip"`` left out of the bank.
+
+    Args:
+        path: of the bank.
+
+    Example:
+        >>> import tempfile
+        >>> skipped_records(tempfile.mkdtemp())
+        []
+    """
     listing = Path(path) / SKIPPED
     if not listing.is_file():
         return []

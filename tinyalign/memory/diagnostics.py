@@ -16,8 +16,12 @@ from tinyalign.memory.transform import KeyTransform
 class RetrievalReport(NamedTuple):
     """How well a set of queries retrieves, averaged over queries.
 
-    ``recall_at_k``: share of queries with at least one of k neighbours of their label. ``precision_at_k``: share of
-    neighbours of the query's label. ``chance_at_k``: recall of k entries drawn at random, the level to beat.
+    Args:
+        num_queries: how many were asked.
+        k: neighbours of each.
+        recall_at_k: share of queries with at least one of k neighbours of their label.
+        precision_at_k: share of neighbours of the query's label.
+        chance_at_k: recall of k entries drawn at random, the level to beat.
     """
 
     num_queries: int
@@ -30,8 +34,12 @@ class RetrievalReport(NamedTuple):
 class HubReport(NamedTuple):
     """How unevenly entries are retrieved: counts of how often each of the M entries is among the k neighbours.
 
-    ``skewness`` of the counts is near 0 without hubs, and above 1 with marked ones; ``top_share`` is the share of all
-    retrievals that goes to the 1 % most retrieved entries; ``never_retrieved`` the share of entries that nobody found.
+    Args:
+        skewness: of the counts; near 0 without hubs, above 1 with marked ones.
+        top_share: share of all retrievals that goes to the 1 % most retrieved entries.
+        never_retrieved: share of entries that nobody found.
+        busiest_id: the entry that was retrieved most often.
+        busiest_count: how often that was.
     """
 
     skewness: float
@@ -42,7 +50,14 @@ class HubReport(NamedTuple):
 
 
 class ScoreReport(NamedTuple):
-    """Scores of the best neighbour, of the k-th, and of random entries: the gap is what the ranking rests on."""
+    """Mean scores of neighbours and of random entries: the gap is what the ranking rests on.
+
+    Args:
+        best: of the best neighbour.
+        kth: of the k-th.
+        random: of random entries.
+        random_deviation: standard deviation of the random ones.
+    """
 
     best: float
     kth: float
@@ -80,6 +95,9 @@ def retrieval_report(
         label_of: id -> label of the bank's entries, ``"group"`` for their groups, or the name of a metadata field.
         k: neighbours per query.
         search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``.
+
+    Shape:
+        queries: (B, D).
 
     Raises:
         ValueError: there are no queries, or not as many labels.
@@ -128,8 +146,24 @@ def _none_of(total: int, labelled: int, k: int) -> float:
 def hub_report(bank: MemoryBank, queries: Tensor, k: int = 5, **search: Any) -> HubReport:
     """Count how often each entry is retrieved and describe the counts.
 
+    Args:
+        bank: what is searched.
+        queries: of the training samples, say.
+        k: neighbours per query.
+        search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``.
+
+    Shape:
+        queries: (B, D).
+
     Raises:
         ValueError: there are no queries.
+
+    Example:
+        >>> bank = MemoryBank(2, (1,))
+        >>> ids = bank.add(torch.eye(2), torch.ones(2, 1), ids=[7, 8])
+        >>> report = hub_report(bank, torch.tensor([[1.0, 0.1], [1.0, 0.0]]), k=1)
+        >>> report.busiest_id, report.busiest_count, report.never_retrieved
+        (7, 2, 0.5)
     """
     if not queries.shape[0]:
         raise ValueError("hub_report: queries must hold at least one row, got 0. Pass the training queries.")
@@ -154,8 +188,25 @@ def hub_report(bank: MemoryBank, queries: Tensor, k: int = 5, **search: Any) -> 
 def score_report(bank: MemoryBank, queries: Tensor, k: int = 5, *, seed: int = 0, **search: Any) -> ScoreReport:
     """Compare the scores of neighbours with those of 1,000 random entries, averaged over queries.
 
+    Args:
+        bank: what is searched.
+        queries: of the training samples, say.
+        k: neighbours per query.
+        seed: of the random entries.
+        search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``.
+
+    Shape:
+        queries: (B, D).
+
     Raises:
         ValueError: ``k`` or the number of queries is 0.
+
+    Example:
+        >>> bank = MemoryBank(2, (1,))
+        >>> ids = bank.add(torch.eye(2), torch.ones(2, 1))
+        >>> report = score_report(bank, torch.eye(2), k=2)
+        >>> report.best, report.kth
+        (1.0, 0.0)
     """
     if k < 1 or not queries.shape[0]:
         raise ValueError(f"score_report: k and queries must not be empty, got k={k} and {queries.shape[0]} queries.")
@@ -174,10 +225,21 @@ def score_report(bank: MemoryBank, queries: Tensor, k: int = 5, *, seed: int = 0
 
 
 def anisotropy_report(keys: Tensor, transform: KeyTransform | None = None) -> AnisotropyReport:
-    """Describe keys (M, D), optionally after a transform, as if for the cosine metric.
+    """Describe keys, optionally after a transform, as if for the cosine metric.
+
+    Args:
+        keys: of a bank, or pooled features that may become keys.
+        transform: applied first, to see what it would do.
+
+    Shape:
+        keys: (M, D).
 
     Raises:
         ValueError: there are fewer than two keys.
+
+    Example:
+        >>> round(anisotropy_report(torch.eye(4) + 100).mean_cosine, 3)
+        1.0
     """
     where = "anisotropy_report"
     if keys.ndim != 2 or keys.shape[0] < 2:

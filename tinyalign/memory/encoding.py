@@ -28,7 +28,18 @@ LEFT_OUT = "build.skipped"  # and those that could not be
 
 
 class EncodedBatch(NamedTuple):
-    """What ``encode`` makes of a list of n records."""
+    """What ``encode`` makes of a list of n records.
+
+    Args:
+        keys: to search by.
+        values: to retrieve.
+        ids: of the samples.
+        groups: which samples show the same image; -1 or None for none.
+        metadata: JSON-like, one per record, or None.
+
+    Shape:
+        keys: (n, D). values: (n, *value_shape). ids, groups: (n,).
+    """
 
     keys: Tensor  # (n, D)
     values: Tensor  # (n, *value_shape)
@@ -38,7 +49,12 @@ class EncodedBatch(NamedTuple):
 
 
 class SkippedRecord(NamedTuple):
-    """A record that could not be read or encoded, by its position."""
+    """A record that could not be read or encoded.
+
+    Args:
+        record: its position among the records.
+        error: what was raised, in words.
+    """
 
     record: int
     error: str
@@ -47,8 +63,14 @@ class SkippedRecord(NamedTuple):
 class BuildOptions(NamedTuple):
     """How the bank stores what was encoded.
 
-    ``commit_every`` records (rounded up to whole batches) are the most that a kill loses; ``num_workers`` processes
-    read records ahead; ``timeout`` seconds are how long ranks wait for one another.
+    Args:
+        metric: ``"cosine"`` or ``"ip"``.
+        value_dtype: values are stored so; ``torch.int8`` for a byte per number.
+        key_dtype: keys are stored so.
+        commit_every: records (rounded up to whole batches) between commits, the most that a kill loses.
+        num_workers: processes that read records ahead.
+        timeout: seconds that ranks wait for one another.
+        transform: put between the keys as they are made and as they are stored.
     """
 
     metric: str = "cosine"

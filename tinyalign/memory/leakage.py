@@ -13,7 +13,16 @@ from tinyalign.memory.retrieval import Neighbours
 
 
 class LeakageCounts(NamedTuple):
-    """What the k neighbours of each query are; ``rate`` fields are shares of queries with at least one such hit."""
+    """What the k neighbours of each query are.
+
+    Args:
+        self_hits: neighbours that are the query's own entry.
+        group_hits: neighbours of the same group that are not the sample itself.
+        near_duplicates: neighbours from the given score on that are neither.
+        self_rate: share of queries with at least one such hit.
+        group_rate: likewise.
+        near_duplicate_rate: likewise.
+    """
 
     self_hits: int
     group_hits: int
@@ -24,7 +33,15 @@ class LeakageCounts(NamedTuple):
 
 
 class LeakageReport(NamedTuple):
-    """Leakage of a set of queries, without any exclusion and with ids and groups excluded."""
+    """Leakage of a set of queries, without any exclusion and with ids and groups excluded.
+
+    Args:
+        num_queries: how many were asked.
+        k: neighbours of each.
+        near_duplicate_score: from which score on a neighbour counts as a near-duplicate.
+        without_exclusion: what everybody would retrieve.
+        with_exclusion: what is left once ids and groups are excluded.
+    """
 
     num_queries: int
     k: int

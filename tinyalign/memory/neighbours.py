@@ -30,6 +30,15 @@ class NeighbourTable:
 
     Made by ``precompute_neighbours``; a training step then needs a lookup and a gather in place of a search.
 
+    Args:
+        sample_ids: names for lookup.
+        ids: of the neighbours; -1 for none.
+        scores: of the neighbours.
+        facts: content hash, generation and fingerprint of the bank.
+
+    Shape:
+        sample_ids: (N,), int64. ids: (N, K), int64. scores: (N, K), float32.
+
     Example:
         >>> import tempfile
         >>> bank = MemoryBank(4, (1, 2))
@@ -149,8 +158,19 @@ def precompute_neighbours(
         path: directory of the table; replaced in one step.
         batch_size: queries searched at once.
 
+    Shape:
+        queries: (N, D). sample_ids, exclude_ids, exclude_groups: (N,).
+
     Raises:
         ValueError: ``k`` is not positive, or there are not as many sample ids or exclusions as queries.
+
+    Example:
+        >>> import tempfile
+        >>> bank = MemoryBank(4, (1, 2))
+        >>> ids = bank.add(torch.eye(4), torch.ones(4, 1, 2))
+        >>> table = precompute_neighbours(bank, torch.eye(4), k=1, sample_ids=ids, path=tempfile.mkdtemp() + "/table")
+        >>> table.lookup(ids).ids.flatten().tolist() == ids.tolist()  # without exclusion: themselves
+        True
     """
     where = "precompute_neighbours"
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:

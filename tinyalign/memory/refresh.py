@@ -26,7 +26,13 @@ PARTS = ("both", "keys", "values")
 class DriftReport(NamedTuple):
     """How far recomputed entries lie from the stored ones; 0 is no drift, rounding in fp16 gives about 1e-6 and 1e-3.
 
-    ``key_*`` is one minus the cosine; ``value_*`` the distance over the stored norm.
+    Args:
+        num_entries: entries that were compared.
+        key_mean: mean of one minus the cosine between the two keys.
+        key_largest: the largest of them.
+        value_mean: mean distance between the two values over the stored one's norm.
+        value_largest: the largest of them.
+        worst_id: the entry whose key or value moved most.
     """
 
     num_entries: int

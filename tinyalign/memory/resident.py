@@ -40,6 +40,16 @@ class ResidentBank:
         contents: what the bank holds.
         devices: where to put it; one shard of the entries on each.
         values: False leaves the values out, for ``neighbours`` alone.
+
+    Raises:
+        BankError: the bank is empty.
+
+    Example:
+        >>> from tinyalign.memory import MemoryBank
+        >>> bank = MemoryBank(2, (1,))
+        >>> ids = bank.add(torch.eye(2), torch.ones(2, 1), ids=[7, 8])
+        >>> bank.to("cpu").search(torch.eye(2), k=1).ids.flatten().tolist()
+        [7, 8]
     """
 
     def __init__(self, contents: Contents, devices: Sequence[torch.device], *, values: bool = True) -> None:

@@ -25,7 +25,17 @@ Where = Callable[[dict[str, Any]], bool] | Tensor
 
 
 class Hits(NamedTuple):
-    """What ``search`` found. Where fewer than k entries were left: mask False, id -1, score 0, value zeros."""
+    """What ``search`` found, best first. Where fewer than k entries were left: mask False, id -1, score 0, value zeros.
+
+    Args:
+        scores: cosine or inner product with the query.
+        ids: of the entries.
+        values: of the entries.
+        mask: True where there is an entry.
+
+    Shape:
+        scores: (B, K), float32. ids: (B, K), int64. values: (B, K, *value_shape). mask: (B, K), bool.
+    """
 
     scores: Tensor  # (B, K) float32
     ids: Tensor  # (B, K) int64
@@ -34,7 +44,16 @@ class Hits(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """What ``neighbours`` found: ``Hits`` without the values."""
+    """What ``neighbours`` found: ``Hits`` without the values.
+
+    Args:
+        scores: cosine or inner product with the query.
+        ids: of the entries; -1 where there is none.
+        mask: True where there is an entry.
+
+    Shape:
+        scores: (B, K), float32. ids: (B, K), int64. mask: (B, K), bool.
+    """
 
     scores: Tensor  # (B, K) float32
     ids: Tensor  # (B, K) int64
@@ -42,7 +61,18 @@ class Neighbours(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One entry of a bank."""
+    """One entry of a bank.
+
+    Args:
+        key: as it is stored, in float32.
+        value: as it is stored; int8 is turned back.
+        id: of the sample.
+        group: -1 for none.
+        metadata: empty where none was given.
+
+    Shape:
+        key: (D,). value: as the bank's ``value_shape``.
+    """
 
     key: Tensor  # (D,) float32
     value: Tensor  # value_shape

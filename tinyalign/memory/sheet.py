@@ -42,6 +42,15 @@ def neighbour_sheet(
 
     Raises:
         ValueError: there are not as many queries as rows of neighbours.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> found = Neighbours(torch.ones(1, 1), torch.tensor([[7]]), torch.ones(1, 1, dtype=torch.bool))
+        >>> page = neighbour_sheet(found, [(None, "a rose")], lambda entry: (None, f"entry {entry}"),
+        ...                        tempfile.mkdtemp() + "/page.html")
+        >>> "entry 7" in page.read_text()
+        True
     """
     if len(queries) != neighbours.ids.shape[0]:
         raise ValueError(

@@ -20,6 +20,9 @@ class KeyTransform:
         mean: (D,) what is subtracted.
         projection: (D, D') what follows; None for centring alone.
 
+    Shape:
+        keys: (M, D). returns: (M, D').
+
     Raises:
         ValueError: the sizes do not fit.
 

@@ -11,7 +11,14 @@ from tinyalign.memory.store import current, damage
 
 
 class VerifyReport(NamedTuple):
-    """What ``verify`` read."""
+    """What ``verify`` read.
+
+    Args:
+        generation: of the manifest.
+        files: how many were read.
+        bytes: how many those hold.
+        seconds: how long it took.
+    """
 
     generation: int
     files: int

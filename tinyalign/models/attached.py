@@ -44,6 +44,13 @@ class AttachedVLM(nn.Module):
         num_neighbours: entries per row, K.
         num_latents: latents per entry, L.
         retrieval: the arm used when a call names none.
+        retrieval_seed: what the control arms draw from.
+
+    Shape:
+        input_ids, labels: (B, S), as the model takes them, with retrieval positions. neighbour_ids: (B, K), int64.
+
+    Source:
+        TinyAlign, section 4.1 and Figure 1, brought to a model that is not ours.
     """
 
     def __init__(

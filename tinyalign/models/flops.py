@@ -18,7 +18,12 @@ _TOWERS = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_re
 class FlopCount(NamedTuple):
     """Operations of a whole batch by part; a multiplication with its addition counts as two.
 
-    `language` is the language model without its head, `head` the projection to the vocabulary.
+    Args:
+        vision: the tower, as far as it is read.
+        connector: of the image.
+        rag_connector: of what is retrieved.
+        language: the language model without its head.
+        head: the projection to the vocabulary.
     """
 
     vision: int

@@ -39,6 +39,10 @@ class TinyAlignOutput(ModelOutput):  # type: ignore[misc]  # transformers is unt
         neighbour_scores: (B, K).
         per_sample_nll: (B,), sum over each row's supervised tokens, in nats, float32.
         per_sample_tokens: (B,), how many those are.
+
+    Shape:
+        loss: (). logits: (B, S + T, V). labels: (B, S + T). neighbour_ids, neighbour_scores: (B, K).
+        per_sample_nll, per_sample_tokens: (B,).
     """
 
     loss: Tensor | None = None

@@ -45,6 +45,17 @@ class PairEncoder(nn.Module):
 
     Source:
         TinyAlign, sections 4.1 and 4.2.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig, SiglipVisionModel
+        >>> from tinyalign.memory import AttentionPooledKey
+        >>> from tinyalign.perceiver import PerceiverCompressor
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> tower = SiglipVisionModel(SiglipVisionConfig(image_size=16, patch_size=8, **sizes))
+        >>> encoder = PairEncoder(tower, PerceiverCompressor(32), AttentionPooledKey())
+        >>> features = encoder.image_features(torch.randn(2, 3, 16, 16))
+        >>> encoder.value(features, torch.randint(0, 30522, (2, 4))).shape
+        torch.Size([2, 32, 96])
     """
 
     def __init__(

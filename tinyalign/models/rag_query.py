@@ -30,6 +30,10 @@ def token_codes(ids: Tensor, width: int) -> Tensor:
     Two texts are as alike as their tokens overlap. Nothing is learned or stored, so that keys made of codes cannot
     drift while a language model trains, and do not depend on which one it is (though on its vocabulary).
 
+    Args:
+        ids: of the tokens.
+        width: of a code.
+
     Shape:
         ids: (T,), int64. returns: (T, width), float32, of 1 and -1.
 
@@ -64,6 +68,9 @@ class TowerQuery:
         key: pools tokens; the paper's by default.
         words: maps token ids, (T,), and the tower's width D to features, (T, D), that do not train; None to ask by the
             image alone.
+
+    Shape:
+        returns: (B, D) of the tower's width, and (B,), bool, True for rows with an image.
 
     Raises:
         ValueError: a tower whose tokens cannot be told apart by image.

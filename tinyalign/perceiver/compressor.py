@@ -25,8 +25,15 @@ from tinyalign.perceiver.weights import draw_linears, draw_normal
 class PerceiverSizes(NamedTuple):
     """Sizes of the encoder inside a compressor; the defaults are the paper's Table 3.
 
-    `token_dim` is the width that patches and caption tokens are projected to. `qk_channels` and `v_channels` follow
-    `latent_dim` unless given.
+    Args:
+        token_dim: width that patches and caption tokens are projected to.
+        num_latents: learned queries, L.
+        latent_dim: width of a latent.
+        num_self_attends: self-attention layers in a block.
+        num_blocks: times that the block runs, with the same weights.
+        num_heads: of cross-attention and self-attention.
+        qk_channels: width of queries and keys; `latent_dim` when None.
+        v_channels: width of values; `latent_dim` when None.
     """
 
     token_dim: int = 128

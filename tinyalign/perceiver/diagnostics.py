@@ -19,6 +19,9 @@ class CompressorRecord(NamedTuple):
     `image` (N, image_dim) and `text` (T,) or (T, text_dim) are what the compressor reads. `words` are what the caption
     says, and None takes the ids in `text`. `patches` (P, D) is what to recover of the image, and None takes `image`.
     Records of one `group` (one image with several captions) stay on one side of the split.
+
+    Shape:
+        image: (N, image_dim). text: (T,), long, or (T, text_dim). patches: (P, D).
     """
 
     image: Tensor
@@ -29,7 +32,12 @@ class CompressorRecord(NamedTuple):
 
 
 class StoredValue(NamedTuple):
-    """A way to store a value: bytes per item and how well caption words are recovered from what comes back."""
+    """A way to store a value, and what comes back.
+
+    Args:
+        bytes_per_item: what it takes.
+        word_recovery: how well caption words are recovered, as in `CompressorDiagnostics`.
+    """
 
     bytes_per_item: int
     word_recovery: float
@@ -44,7 +52,7 @@ class CompressorDiagnostics(NamedTuple):
     each read from held-out values by a linear probe (0.5 = nothing, 1 = always). `words_found` is the share of a
     caption's words among as many highest-scored ones, and `words_found_by_frequency` the same for who only knows which
     words are common. `patch_recovery` is the held-out explained variance of patch features (0 = only the mean).
-    `storage` maps "fp32", "fp16", "int8" and "int8 uncentred" to `StoredValue`.
+    `storage` maps "fp32", "fp16", "int8" and "int8 uncentred" to `StoredValue`. `num_records` pairs were measured.
     """
 
     image_sensitivity: float

@@ -202,6 +202,9 @@ def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tenso
     Shape:
         returns: ids (B, T), long, and mask (B, T), bool.
 
+    Raises:
+        ValueError: `max_tokens` leaves no room for the two markers.
+
     Source:
         transformers' ``PerceiverTokenizer``: six special ids, then the byte; [CLS] = 4 before, [SEP] = 5 after.
 

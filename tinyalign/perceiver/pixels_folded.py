@@ -33,6 +33,9 @@ class FoldedPixelPerceiver(nn.Module):
     Raises:
         ValueError: another image size, a caption longer than the table.
 
+    Source:
+        Derived here from the maths of Jaegle et al. 2021, arXiv 2103.03206; equal to it, see the tests.
+
     Example:
         >>> import torch
         >>> from tinyalign.perceiver.encoder import PerceiverEncoder

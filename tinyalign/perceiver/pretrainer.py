@@ -22,6 +22,9 @@ class PretrainOutput(NamedTuple):
     `text_loss` is the cross-entropy per caption token in nats for token ids, and as `image_loss` for text embeddings.
     `bag_loss` is the cross-entropy in nats of the caption's tokens regardless of their order, from a linear reading of
     the latents (token ids only). `contrastive_loss` is in nats. What was not computed is zero.
+
+    Shape:
+        every field: (), float32.
     """
 
     loss: Tensor

@@ -17,7 +17,7 @@ class ReconstructionReport(NamedTuple):
 
     `image_explained` is the explained variance of normalised patch features (0 = only the mean known, 1 = all),
     `token_nll` the cross-entropy of caption tokens in nats, `token_accuracy` the share whose most likely id is right,
-    `text_explained` the explained variance of normalised text embeddings.
+    `text_explained` the explained variance of normalised text embeddings. `num_patches` and `num_tokens` were kept.
     """
 
     image_explained: float | None
@@ -36,6 +36,9 @@ def evaluate_reconstruction(
     Args:
         pretrainer: the trained compressor with its decoder; its training mode is restored afterwards.
         batches: the arguments of `PerceiverPretrainer.forward` by name, as a `DataLoader` yields them.
+
+    Shape:
+        of a batch: as `PerceiverPretrainer.forward` takes it.
 
     Raises:
         ValueError: no batches.

@@ -76,6 +76,16 @@ def collect_nll(
         ValueError: an unknown condition, no null input where one is needed, a batch without labels, a sample without
             a target token, or an empty loader.
         TypeError: an arm is asked of a model whose forward takes no ``retrieval``.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+        >>> ids = torch.randint(3, 20, (4, 6))
+        >>> table = collect_nll(model, [{"input_ids": ids, "labels": ids, "sample_ids": torch.arange(4)}])
+        >>> len(table), table.tokens.tolist()  # the first token of a row is predicted by nothing
+        (4, [5, 5, 5, 5])
     """
     if condition not in CONDITIONS:
         raise ValueError(

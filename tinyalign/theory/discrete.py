@@ -99,6 +99,9 @@ def discrete_information(x: Any, y: Any, *, method: str = "auto", level: float =
 def table_information(joint: Any) -> float:
     """Compute mutual information exactly from a joint table of probabilities.
 
+    Args:
+        joint: the table; it sums to one.
+
     Shape:
         joint: (X, Y).
 

@@ -45,6 +45,9 @@ def entropy(
     Raises:
         ValueError: NaN or inf, too few samples, or an unknown method.
 
+    Source:
+        Miller 1955 and Madow 1948; Grassberger 2003, arXiv physics/0307138; Kozachenko and Leonenko 1987.
+
     Example:
         >>> round(entropy(["a", "b", "a", "b"], method="plugin").value, 4)
         0.6931

@@ -80,6 +80,12 @@ class Estimate:
         std_error: standard error of ``value``; NaN where unknown.
         details: further numbers that a reader may want (k, folds, ceilings, ...).
 
+    Shape:
+        samples: (n,), float64.
+
+    Raises:
+        ValueError: an unknown kind or unit.
+
     Example:
         >>> gain = Estimate(0.5, 0.4, 0.6, method="t", n=100)
         >>> gain.to("bits").unit, round(gain.to("bits").value, 4)

@@ -103,6 +103,9 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
     Raises:
         ValueError: NaN or inf, unequal lengths or too few samples.
 
+    Source:
+        Cover and Thomas 2006, section 2.5 (the chain rule); Mesner and Shalizi 2021, arXiv 1912.00387 (neighbours).
+
     Example:
         >>> z = np.repeat([0, 1], 500)
         >>> round(conditional_mutual_information(z, z, z).value, 6)

@@ -154,6 +154,9 @@ def sequence_kl(p_logits: Tensor, q_logits: Tensor, mask: Any = None, *, chunk: 
     Raises:
         ValueError: shapes disagree, or a sequence has no position that counts.
 
+    Source:
+        Cover and Thomas 2006, theorem 2.5.3 (the chain rule of relative entropy).
+
     Example:
         >>> sequence_kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)).value
         0.0

@@ -32,6 +32,13 @@ class SeparableCritic(nn.Module):
 
     Shape:
         x: (B, x_dim). y: (C, y_dim). returns: (B, C).
+
+    Source:
+        Poole et al. 2019, arXiv 1905.06922, section 3 (separable critics).
+
+    Example:
+        >>> SeparableCritic(3, 2)(torch.randn(5, 3), torch.randn(4, 2)).shape
+        torch.Size([5, 4])
     """
 
     def __init__(self, x_dim: int, y_dim: int, *, hidden: int = 128, embed: int = 32) -> None:
@@ -53,6 +60,13 @@ class JointCritic(nn.Module):
 
     Shape:
         x: (B, x_dim). y: (C, y_dim). returns: (B, C).
+
+    Source:
+        Poole et al. 2019, arXiv 1905.06922, section 3 (joint critics).
+
+    Example:
+        >>> JointCritic(3, 2)(torch.randn(5, 3), torch.randn(4, 2)).shape
+        torch.Size([5, 4])
     """
 
     def __init__(self, x_dim: int, y_dim: int, *, hidden: int = 128) -> None:

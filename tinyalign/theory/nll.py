@@ -41,6 +41,9 @@ class NLLTable:
         condition: what the model saw, such as ``"full"`` or ``"no_image"``.
         tokenizer: name of the tokenizer by content; tables of different ones are not subtracted per token.
 
+    Shape:
+        nll: (n,), float64. tokens, sample_ids, groups, bytes, targets: (n,), int64.
+
     Units:
         nats.
 

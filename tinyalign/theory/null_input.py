@@ -27,6 +27,9 @@ class NullInput(nn.Module):
         device: where the prompt lives.
         dtype: of the prompt.
 
+    Shape:
+        labels: (B, T), -100 where nothing is supervised. returns: (B,) nats and (B,) counts.
+
     Raises:
         ValueError: ``num_tokens`` below 1, or a row of labels without a target.
 
@@ -101,6 +104,13 @@ def train_null_input(
 
     Raises:
         ValueError: ``batches`` is empty.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+        >>> train_null_input(model, [{"labels": torch.randint(3, 20, (4, 6))}], num_tokens=2, steps=2).prompt.shape
+        torch.Size([2, 16])
     """
     language_model = getattr(language_model, "language_model", language_model)
     table = language_model.get_input_embeddings().weight

@@ -17,7 +17,16 @@ FloatArray = NDArray[np.float64]
 
 
 class EMITerms(NamedTuple):
-    """Terms of equations (1) to (5), in nats."""
+    """Terms of equations (1) to (5), in nats.
+
+    Args:
+        entropy: H(L).
+        conditional_entropy: H(L | X).
+        mutual_information: I(X; L).
+        irreducible_error: eps, the KL of the model from the law.
+        cross_entropy: of the model, H(L | X) + eps.
+        effective_mutual_information: I(X; L) - eps.
+    """
 
     entropy: float
     conditional_entropy: float

@@ -40,6 +40,9 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
         folder: where to.
         state: the values, where the model's own are sharded over processes.
 
+    Shape:
+        of each value: its parameter's.
+
     Example:
         >>> import tempfile
         >>> model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 1))
@@ -57,8 +60,20 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
 def load_trained(model: nn.Module, folder: str | Path) -> None:
     """Read into ``model`` what `save_trained` wrote; it must be exactly what the model trains.
 
+    Args:
+        model: filled in place.
+        folder: what `save_trained` was given.
+
     Raises:
         CheckpointError: other parameters, or other shapes; the first few are named.
+
+    Example:
+        >>> import tempfile
+        >>> one, other, folder = nn.Linear(2, 1), nn.Linear(2, 1), tempfile.mkdtemp()
+        >>> _ = save_trained(one, folder)
+        >>> load_trained(other, folder)
+        >>> bool((one.weight == other.weight).all())
+        True
     """
     found = load_file(Path(folder) / WEIGHTS)
     own = {_plain(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -119,6 +134,9 @@ def prune(output: str | Path, keep: int | None) -> None:
 
 def last_whole_checkpoint(output: str | Path) -> Path | None:
     """Return the newest checkpoint in ``output`` that was written to its end; broken ones are logged and passed over.
+
+    Args:
+        output: folder of the run, which holds ``checkpoint-*``.
 
     Example:
         >>> import tempfile

@@ -43,6 +43,9 @@ def shared_folder(prefix: str = "tinyalign-") -> Path:
 
     A folder that each process made for itself is where they would wait for one another's files for ever.
 
+    Args:
+        prefix: how its name begins.
+
     Example:
         >>> shared_folder().is_dir()
         True
@@ -62,6 +65,9 @@ def precision(name: str | None = None) -> dict[str, bool]:
 
     None takes bfloat16 on a device that computes in it and float32 elsewhere. The paper's float16 is offered; it needs
     loss scaling, and in a language model of bfloat16 training it overflows where bfloat16 does not.
+
+    Args:
+        name: of the precision, or None.
 
     Raises:
         ValueError: another name.

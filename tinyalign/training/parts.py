@@ -34,13 +34,30 @@ class MemoryFolder(NamedTuple):
 
 
 def note_key(folder: str | Path, *, vision: str, vision_layer: int, alpha: float) -> None:
-    """Write beside a bank how its keys are made; `open_memory` reads it."""
+    """Write beside a bank how its keys are made; `open_memory` reads it.
+
+    Args:
+        folder: which holds the bank.
+        vision: the tower, a folder or a hub id.
+        vision_layer: hidden state that keys are read from.
+        alpha: of `AttentionPooledKey`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> note_key(folder, vision="siglip", vision_layer=-2, alpha=0.4)
+        >>> [path.name for path in folder.iterdir()]
+        ['memory.json']
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / SETTINGS, {"vision": vision, "vision_layer": vision_layer, "alpha": alpha})
 
 
 def open_memory(folder: str | Path) -> MemoryFolder:
     """Open what ``examples/build_memory.py`` wrote: a folder with ``bank`` and ``memory.json``, or a bank itself.
+
+    Args:
+        folder: of that kind.
 
     Example:
         >>> import tempfile

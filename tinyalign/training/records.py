@@ -10,7 +10,12 @@ from tinyalign.data import Sample
 
 
 class CheckedSamples(NamedTuple):
-    """Samples that can be trained on, and what is wrong with the others, by id."""
+    """Samples that can be trained on, and the others.
+
+    Args:
+        samples: those that can.
+        left_out: what is wrong with each other one, by id.
+    """
 
     samples: list[Sample]
     left_out: dict[str, str]

@@ -17,7 +17,16 @@ from tinyalign.training.parts import note_key
 
 
 class TinyExperiment(NamedTuple):
-    """Where everything is that a training script asks for."""
+    """Where everything is that a training script asks for.
+
+    Args:
+        images: folder of the pictures.
+        train: LLaVA-format file of the training records.
+        heldout: likewise, of other records.
+        vision: folder of the tower.
+        llm: folder of the language model and its tokenizer.
+        memory: folder of the bank.
+    """
 
     images: Path
     train: Path
