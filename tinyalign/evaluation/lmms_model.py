@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from tinyalign.data import IMAGE_PLACEHOLDER, ChatRenderer, PlainRenderer
@@ -20,8 +18,11 @@ MAX_NEW_TOKENS = 128  # where a task names none
 _PASSED = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample")
 
 
-class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
+class LmmsRequests:
     """Answer lmms-eval's requests in batches, by one arm, and log what every answer was given.
+
+    lmms-eval wants a subclass of its own model class: that is ``TinyAlignLmms`` in this module, made when it is first
+    asked for, so that the module can be imported without lmms-eval.
 
     Args:
         pretrained: a saved model's folder, or a model with its processor.
@@ -52,6 +53,9 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
         **_: Any,
     ) -> None:
         super().__init__()
+        self._rank: int = 0
+        self._world_size: int = 1
+        self.task_dict: dict[str, Any] = {}  # lmms-eval puts each task's documents here
         if prompt_form not in ("chat", "plain"):
             raise ValueError(
                 f"TinyAlignLmms: prompt_form must be 'chat' or 'plain', got {prompt_form!r}. Take training's."
@@ -71,12 +75,22 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
         self.log_path = None if log_path is None else Path(log_path)
         self._join()
 
+    @property
+    def rank(self) -> int:
+        """This process's place in the launcher."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes answer."""
+        return self._world_size
+
     def _join(self) -> None:
         """Take this process's place among those of a launcher; lmms-eval gives each its share of the documents."""
         from accelerate import PartialState
 
         state = PartialState(cpu=self.asker.model.device.type == "cpu")
-        self._rank, self._world_size = state.process_index, state.num_processes
+        self._rank, self._world_size = int(state.process_index), int(state.num_processes)
         if state.num_processes > 1:
             from accelerate import Accelerator
 
@@ -84,7 +98,7 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
             if self.asker.model.device.type == "cuda":
                 self.asker.model.to(state.device)
 
-    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer every request; like lengths and like settings share a batch, the order is the requests'."""
         answers: list[str] = [""] * len(requests)
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc=f"answers ({self.asker.arm})")
@@ -99,7 +113,7 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
                 bar.update(len(rows))
         return answers
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log-probability in nats of each request's continuation with its end, and whether it is the likeliest."""
         found = []
         for request in requests:
@@ -110,14 +124,14 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
             found.append(self.asker.log_likelihood(question, str(continuation)))
         return found
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse: no round but the first has a prompt here."""
         raise NotImplementedError(
             f"TinyAlignLmms.generate_until_multi_round: tasks must ask once, got {len(requests)} requests of several "
             f"rounds. Leave such tasks out."
         )
 
-    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
         groups: dict[str, list[int]] = {}
         for row, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(row)
@@ -126,11 +140,11 @@ class TinyAlignLmms(lmms):  # type: ignore[misc]  # lmms-eval is untyped here
             for at in range(0, len(rows), self.batch_size):
                 yield rows[at : at + self.batch_size]
 
-    def _question(self, request: Instance) -> Question:
+    def _question(self, request: Any) -> Question:
         context, _, visuals, doc_id, task, split = request.args
         return _question(context, visuals(self.task_dict[task][split][doc_id]), f"{task}/{split}/{doc_id}")
 
-    def _log(self, request: Instance, question: Question, answer: Answer, text: str) -> None:
+    def _log(self, request: Any, question: Question, answer: Answer, text: str) -> None:
         if self.log_path is None:
             return
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,3 +188,16 @@ def _cut(text: str, until: Any) -> str:
         if stop:
             text = text.split(stop)[0]
     return text.strip()
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``TinyAlignLmms`` on first use (PEP 562)."""
+    if name != "TinyAlignLmms":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lmms_eval.api.model import lmms
+
+    class TinyAlignLmms(LmmsRequests, lmms):  # type: ignore[misc]  # lmms-eval is untyped here
+        """`LmmsRequests` as lmms-eval's registry takes it."""
+
+    TinyAlignLmms.__qualname__ = name
+    return globals().setdefault(name, TinyAlignLmms)
