@@ -206,6 +206,7 @@ def test_the_report_says_what_ran_and_why():
     )
     assert report.ran[AttentionSpec("cpu", torch.float32, 6, 6, "none")] == ("reference", "the argument")
     assert "sdpa runs (chosen by auto)" in str(report)
+    assert "  ran reference (the argument): AttentionSpec(device='cpu', dtype=torch.float32, head_dim=6," in str(report)
     assert "xformers: it has no kernels for cpu tensors; head widths" in str(report)
 
 
