@@ -96,6 +96,10 @@ def test_filters_by_metadata_and_by_mask(filled):
     few = bank.neighbours(queries, 4, where=lambda note: note.get("n") in (111, 115), exclude_groups=[[37], [], [38]])
     assert few.mask.sum(1).tolist() == [1, 2, 1]
     assert few.ids[0].tolist() == [115, -1, -1, -1]
+    groups = [list(range(33, 50))] * 3  # more than are asked for to spare
+    both = bank.neighbours(queries, 4, where=bank.ids % 2 == 1, exclude_groups=groups)
+    hidden = [i for i in range(100, 160) if i % 2 == 0 or i < 150]
+    assert torch.equal(both.ids, naive(keys, queries, 4, [hidden] * 3)[1])
     assert not bank.neighbours(queries, 4, where=lambda note: False).mask.any()
     with pytest.raises(ValueError, match=r"where must be a bool tensor of shape \(60,\), got torch.bool \(3,\)"):
         bank.search(queries, where=torch.ones(3, dtype=torch.bool))
