@@ -26,6 +26,7 @@ class TinyAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         num_image_tokens: positions that one image takes; `for_model` reads it off the tower.
         num_retrieval_tokens: positions that retrieval will take, for length budgets.
         image_token_id: what marks an image position.
+        chat_template: kept with the processor when it is saved; the tokenizer's own when None.
 
     Raises:
         ValueError: placeholders and images that differ in number, an unreadable picture, or no text.

@@ -46,7 +46,7 @@ class StoredValue(NamedTuple):
 class CompressorDiagnostics(NamedTuple):
     """Everything `compressor_diagnostics` measures.
 
-    Sensitivities are the spread of the value over its norm while only the image, or only the caption, changes.
+    `image_sensitivity` and `caption_sensitivity` are the spread of the value over its norm while only the one changes.
     `shared_energy` is the share of the squared norm that all values have in common. `effective_rank` counts the
     directions in which values differ. `word_recovery` is the mean area under the ROC curve over `num_words` words,
     each read from held-out values by a linear probe (0.5 = nothing, 1 = always). `words_found` is the share of a
