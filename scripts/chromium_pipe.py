@@ -88,7 +88,8 @@ class Chromium:
 
     def prefer(self, scheme: str) -> None:
         """Set what pages are told of the reader's colour scheme."""
-        self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        self._ask("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in features.items()])
 
     def open(self, address: str) -> list[str]:
         """Open a page, wait until it is drawn, and return what it logged as errors and failed to load."""

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tinyalign"
 MARKER = "<!-- catalogue of errors -->"
 # Of the house form `<who>: <argument> must <rule>, got <value>. <what to do>`; what is filled in is an ellipsis.
 _FORM = re.compile(r"(?P<who>[^:]+): (?P<rule>.+?\bmust\b.+?), got (?P<got>.+?)\. (?P<todo>.+)", re.DOTALL)
+_INTERNAL = ("AssertionError", "AttributeError", "EOFError", "_")  # none of them is about what a user passed
 
 
 class Raised(NamedTuple):
@@ -31,10 +32,10 @@ def raised(package: Path = PACKAGE) -> list[Raised]:
         nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise)]
         for node in sorted(nodes, key=lambda node: node.lineno):
             if isinstance(node.exc, ast.Call) and node.exc.args:
-                message = template(node.exc.args[0])
-                if message:
+                kind, message = ast.unparse(node.exc.func), template(node.exc.args[0])
+                if message and not kind.startswith(_INTERNAL):
                     part = path.relative_to(package).parts[0].removesuffix(".py")
-                    found.append(Raised(part.strip("_"), ast.unparse(node.exc.func), message))
+                    found.append(Raised(part.strip("_"), kind, message))
     return found
 
 
