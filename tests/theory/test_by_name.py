@@ -15,6 +15,7 @@ from tinyalign.theory import (
     delta_emi,
     discrete_information,
     effective_mutual_information,
+    entropy,
     kl_divergence,
     kl_from_samples,
     knn_entropy,
@@ -112,6 +113,17 @@ def test_an_uncertain_entropy_widens_even_an_exact_loss() -> None:
     result = effective_mutual_information([1.0, 1.0, 1.0], known)
     assert result.value == 2.0
     assert (result.low, result.high) == pytest.approx((2.0 - 0.195996, 2.0 + 0.195996), abs=1e-5)
+
+
+def test_intervals_are_as_wide_as_their_level_says() -> None:
+    x, y = pair(600)
+    labels = np.digitize(y[:, 0], [-1.0, 0.0, 1.0])
+    for level, quantile in ((0.95, 1.959964), (0.5, 0.67449)):
+        counted = entropy(labels, level=level)
+        assert counted.high - counted.value == pytest.approx(quantile * counted.std_error, rel=1e-5)
+        assert counted.value - counted.low == pytest.approx(quantile * counted.std_error, rel=1e-5)
+        bound = classifier_information(x, labels, level=level)
+        assert bound.high - bound.low == pytest.approx(2 * quantile * bound.std_error, rel=1e-5)
 
 
 def test_tables_go_through_emi_and_its_decomposition() -> None:
