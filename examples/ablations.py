@@ -538,9 +538,8 @@ def draw(path: Path, title: str, rows: list[dict]) -> None:
     base = rows[0]["heldout_ce"] / (1 + rows[0]["relative"])
     axes.axvline(base, color=grey, ls=":", lw=1)
     axes.set_yticks(places, [row["cell"] for row in rows])
-    axes.set_xlabel(
-        "held-out cross-entropy, nats per token (dots: seeds; line: 95 %, paired with the dotted baseline)", color=grey
-    )
+    said = "held-out nats per token (dots: seeds; line: 95 %, paired with the baseline)"
+    axes.set_xlabel(said, color=grey, fontsize=9)
     axes.set_title(title, color=grey, loc="left", fontsize=11)
     axes.tick_params(colors=grey)
     axes.grid(axis="x", color=grey, alpha=0.25, lw=0.6)
