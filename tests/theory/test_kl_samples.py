@@ -154,5 +154,5 @@ def test_columns_that_add_nothing_are_left_out_and_degenerate_samples_have_no_fi
         assert infinite.value == np.inf
         assert infinite.warned("degenerate")
     nothing = kl_from_samples(one, one)
-    assert (nothing.value, nothing.method) == (0.0, "constant")
+    assert (nothing.value, nothing.low, nothing.high, nothing.method) == (0.0, 0.0, 0.0, "constant")
     assert nothing.warned("constant")

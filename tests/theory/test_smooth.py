@@ -98,6 +98,16 @@ def test_divergence_is_within_noise_on_the_law_and_not_beside_it() -> None:
     assert beside.measured[0] == pytest.approx(law.information, abs=0.1)
 
 
+def test_in_the_plane_the_error_is_that_of_the_mean_of_neighbours_that_share_neighbours() -> None:
+    x, y = pairs(2000, [0.6], 0)
+    law = fit_gaussian(normal_scores(np.hstack([x, y])), 1)
+    check = Divergence(law, Search(law.points, 1, head=2000))
+    coarse = ksg_local(law.points[:, :1], law.points[:, 1:], [16])[0] - law.pointwise()
+    value, error = check.measured
+    assert error == pytest.approx(1.3 * coarse.std() / np.sqrt(2000), rel=1e-9)
+    assert value == pytest.approx(coarse.mean() - 0.0155 * 2.5**0.4 * law.information, abs=1e-9)
+
+
 def test_plane_divergence_of_each_pair() -> None:
     x, y = pairs(4000, [0.8, 0.5, 0.3], 0)
     law = fit_gaussian(normal_scores(np.hstack([x, y])), 3).leading(3)
