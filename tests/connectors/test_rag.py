@@ -127,3 +127,16 @@ def test_what_is_learned_by_each_option_and_how_the_queries_start():
     queries = RAGConnector(96, 8, num_tokens=64).pool.queries.detach()
     # Length one on average: a standard deviation of 96 ** -0.5, known to 5 standard errors of 6144 numbers.
     assert abs(queries.std().item() * 96**0.5 - 1) < 5 / (2 * queries.numel()) ** 0.5
+
+
+def test_the_gate_weighs_what_the_pool_reads():
+    connector = RAGConnector(6, 8, num_tokens=3, gate=True)
+    with torch.no_grad():
+        connector.gate.copy_(torch.tensor([1.5, -0.5]))
+    latents, scores = torch.randn(1, 2, 2, 6), torch.tensor([[0.9, -0.4]])
+    pool = connector.pool
+    normed = pool.norm(torch.stack([normalised(latent) for item in latents[0] for latent in item]))
+    attention = torch.softmax(pool.queries @ pool.key(normed).T / 6**0.5, dim=-1)
+    weight = (2 / (1 + torch.exp(-(1.5 * scores[0] - 0.5)))).repeat_interleave(2)
+    expected = connector.mlp(attention @ (pool.value(normed) * weight[:, None]))
+    torch.testing.assert_close(connector(latents, None, scores).tokens[0], expected, rtol=1e-4, atol=1e-5)
