@@ -9,9 +9,8 @@ of the text vectors (input embeddings, mean over a caption's tokens). UMAP moves
 comes with numbers from the full width: how far the two clouds are apart, how often a point's ten nearest neighbours
 are of the other kind, and how often an image's nearest caption is its own, all after each cloud's mean is taken away.
 
-Needs the extra `umap`: pip install "tinyalign-vlm[umap]". Expect clouds that stay apart in every model: a frozen
-language model reads image vectors that are nowhere near its words. Trained connectors rank captions above chance; an
-untrained one does not.
+Needs the extra `umap`: pip install "tinyalign-vlm[umap]". With --smoke, where nothing has learned, the clouds are some
+27 spreads apart and no point has a neighbour of the other kind; the full size has not been run yet.
 """
 
 from __future__ import annotations
