@@ -36,15 +36,19 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """Name used in `attend(backend=...)`."""
+        ...
 
     def reasons_against(self, spec: AttentionSpec) -> tuple[str, ...]:
         """Every reason why this kernel cannot run such a call."""
+        ...
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """Attention over (B, H, tokens, width); `keep` has four axes and no row without a key."""
+        ...
 
     def run_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, scale: float) -> Tensor:
         """The same for q (B, H, M, d) and packed k, v (total, H, width)."""
+        ...
 
 
 class Reference:

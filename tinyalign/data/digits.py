@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,7 +208,7 @@ def _handwriting(split: str) -> dict[int, NDArray[np.float32]]:
     """The split's digit images by digit: (n, 16, 16), ink in [0, 1]."""
     from sklearn.datasets import load_digits
 
-    source = load_digits()
+    source: Any = load_digits()
     first, last = (int(share * len(source.target)) for share in _HANDWRITING[split])
     small = source.images[first:last].astype(np.float32) / 16.0
     large = np.stack(

@@ -192,9 +192,9 @@ def _read_plan(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _rest(rows: Iterable[Mapping[str, Any]], position: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows from ``position`` on, skipped by the data set itself where it can."""
-    skip = getattr(rows, "skip", None)
+    skip: Any = getattr(rows, "skip", None)
     left = skip(position) if position and callable(skip) else islice(iter(rows), position, None)
-    return ((position + offset, row) for offset, row in enumerate(left))
+    return ((position + offset, row) for offset, row in enumerate(left))  # pyright: ignore[reportArgumentType]
 
 
 def _name(row: Mapping[str, Any], index: int, columns: Columns) -> str:

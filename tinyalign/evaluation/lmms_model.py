@@ -70,7 +70,7 @@ class LmmsRequests:
             processor = TinyAlignProcessor.from_pretrained(pretrained)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         renderer = (ChatRenderer if prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
-        self.asker = Asker(model.to(where).eval(), processor, arm=retrieval, renderer=renderer)
+        self.asker = Asker(model.to(where).eval(), processor, arm=retrieval, renderer=renderer)  # pyright: ignore[reportArgumentType]
         self.batch_size = int(batch_size)
         self.log_path = None if log_path is None else Path(log_path)
         self._join()
@@ -96,7 +96,7 @@ class LmmsRequests:
 
             self.accelerator = Accelerator(cpu=self.asker.model.device.type == "cpu")
             if self.asker.model.device.type == "cuda":
-                self.asker.model.to(state.device)
+                self.asker.model.to(state.device)  # pyright: ignore[reportArgumentType]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer every request; like lengths and like settings share a batch, the order is the requests'."""

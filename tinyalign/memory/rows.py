@@ -19,19 +19,24 @@ class RowSource(Protocol):
     @property
     def has_scales(self) -> bool:
         """True when each entry has a scale of its own."""
+        ...
 
     @property
     def has_notes(self) -> bool:
         """True when some entry may have metadata."""
+        ...
 
     def live_rows(self) -> np.ndarray:
         """Row numbers of the entries, ascending."""
+        ...
 
     def gather(self, rows: Tensor, column: str) -> Tensor:
         """Return one column at row numbers (n,)."""
+        ...
 
     def note(self, row: int) -> bytes:
         """Return the metadata of one row as JSON bytes."""
+        ...
 
 
 class RowTable:

@@ -297,7 +297,8 @@ class AttachedVLM(nn.Module):
     def query_fingerprint(self) -> dict[str, Any] | None:
         """What queries are made by, as fields of a bank's fingerprint; None where that is not known."""
         named: Any = getattr(self._query, "fingerprint", None)
-        return dict(named()) if callable(named) else None
+        made: Any = named() if callable(named) else None
+        return None if made is None else dict(made)
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         """Models swallow unknown arguments; one that nearly names an argument of retrieval is a slip."""

@@ -120,7 +120,7 @@ def freeze_samples(
     )
     # Pixels of every row are neither needed nor held: the collator gets a stand-in for each picture.
     blank = Image.new("RGB", (1, 1))
-    pictures = SimpleNamespace(
+    pictures: Any = SimpleNamespace(
         tokenizer=processor.tokenizer,
         image_processor=lambda images, return_tensors: {"pixel_values": None},  # noqa: ARG005
         num_image_tokens=processor.num_image_tokens,

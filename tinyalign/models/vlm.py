@@ -63,15 +63,15 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config: TinyAlignConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values",)  # pyright: ignore[reportAssignmentType]
     # Connectors are small and train from scratch: they stay in float32 whatever the rest is loaded as.
-    _keep_in_fp32_modules_strict = ("connector", "rag_connector", "prompt_latents")
+    _keep_in_fp32_modules_strict = ("connector", "rag_connector", "prompt_latents")  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -154,14 +154,14 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         config = TinyAlignConfig(
             text_config=copy.deepcopy(language_config),
-            vision_config=copy.deepcopy(tower.config),
+            vision_config=copy.deepcopy(tower.config),  # pyright: ignore[reportArgumentType]
             key_settings=settings_of(key),
             **options,
         )
         model = cls(config, vision_tower=tower, language_model=language_model)
         model._beside.key, model._beside.text_encoder = key, text_encoder
         if getattr(language_model, "generation_config", None) is not None:
-            model.generation_config = language_model.generation_config
+            model.generation_config = language_model.generation_config  # pyright: ignore[reportAttributeAccessIssue]
         if memory is not None:
             model.memory = memory
             if compressor is not None and memory.fingerprint:
@@ -387,7 +387,7 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         beside = {name: kwargs.pop(name, None) for name in ("memory", "key", "text_encoder")}
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)  # pyright: ignore[reportGeneralTypeIssues]
         checkpoint.check_complete(info, pretrained_model_name_or_path)
         model._beside.key = key_from(model.config.key_settings, beside["key"])
         model._beside.text_encoder = beside["text_encoder"]

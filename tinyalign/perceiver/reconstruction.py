@@ -54,7 +54,8 @@ def evaluate_reconstruction(
     """
     training = pretrainer.training
     pretrainer.eval()
-    totals = dict.fromkeys(("error", "energy", "nll", "right", "text_error", "text_energy", "patches", "tokens"), 0.0)
+    names = ("error", "energy", "nll", "right", "text_error", "text_energy", "patches", "tokens")
+    totals: dict[str, float] = dict.fromkeys(names, 0.0)
     count = 0
     try:
         with torch.no_grad():

@@ -241,7 +241,7 @@ def _distance(z: FloatArray, correlation: FloatArray) -> FloatArray:
 
 def _root(correlation: FloatArray) -> FloatArray:
     try:
-        return np.asarray(np.linalg.cholesky(correlation))
+        return np.asarray(np.linalg.cholesky(correlation), dtype=np.float64)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(correlation)
         return np.asarray(np.linalg.cholesky(vectors * np.maximum(values, 1e-12) @ vectors.T))

@@ -144,7 +144,7 @@ def _digamma_table(n: int) -> FloatArray:
 
 
 def _rectangles(x: FloatArray, y: FloatArray, joint: FloatArray, k: int) -> FloatArray:
-    from scipy.spatial import cKDTree
+    from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]  # its stubs lack it
 
     near = cKDTree(joint).query(joint, k + 1, p=np.inf)[1][:, 1:]
     reach_x = np.abs(x[near] - x[:, None]).max(axis=(1, 2))

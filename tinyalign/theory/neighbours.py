@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]  # its stubs lack it
 
 from tinyalign.theory.counting import TREE_DIMENSIONS, chebyshev_tree, distance_blocks
 

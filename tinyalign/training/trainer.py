@@ -53,7 +53,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
     def resume(self) -> Any:
         """Train from the newest whole checkpoint of the output folder, or from the start where there is none."""
-        checkpoint = last_whole_checkpoint(self.args.output_dir)
+        checkpoint = last_whole_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def run(self) -> dict[str, float | None]:
@@ -73,7 +73,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
                 "StageTrainer.run: LoRA must not be sharded by FSDP, got both: it could not be merged at the end. Use "
                 "DDP or ZeRO-2."
             )
-        output, measured = Path(self.args.output_dir), self.eval_dataset is not None
+        output, measured = Path(self.args.output_dir), self.eval_dataset is not None  # pyright: ignore[reportArgumentType]
         # Within train(), where the model is wrapped already: see train().
         self.args.eval_on_start = measured and last_whole_checkpoint(output) is None
         result = self.resume()
@@ -148,7 +148,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        model, folder = self._unwrapped(), Path(self.args.output_dir if output_dir is None else output_dir)
+        model, folder = self._unwrapped(), Path(self.args.output_dir if output_dir is None else output_dir)  # pyright: ignore[reportArgumentType]
         save_trained(model, folder, state_dict)
         note_memory(model, folder)
         model.config.save_pretrained(folder)
