@@ -127,6 +127,18 @@ def test_the_error_page_lists_every_class_and_finds_every_message(monkeypatch):
     assert site_errors.MARKER not in shown
 
 
+def test_every_message_says_what_must_hold_and_what_to_do(monkeypatch):
+    site_errors = load_script("site_errors", monkeypatch)
+    elsewhere = (
+        "LlavaCollator: sample …: …",  # hands on what the record's own error says
+        "the constant …",  # becomes part of a longer message
+        "EmbeddingPlug.use: only one set",
+    )
+    loose = [row.message for row in site_errors.raised() if not site_errors._FORM.fullmatch(row.message)]
+    assert [message for message in loose if not message.startswith(elsewhere)] == []
+    assert len(loose) == len(elsewhere)
+
+
 @pytest.mark.parametrize("name", ["site_docstrings", "site_errors", "site_links", "site_math"])
 def test_examples_of_the_build_hooks(name, monkeypatch):
     for needed in {"site_docstrings": ("griffe",), "site_math": ("latex2mathml",)}.get(name, ()):

@@ -69,7 +69,8 @@ def build_memory_bank(
         raise ValueError(f"{WHERE}: records must hold at least one record, got none. Check the data file.")
     if batch_size < 1 or options.commit_every < 1:
         raise ValueError(
-            f"{WHERE}: batch_size and commit_every must be positive, got {batch_size}, {options.commit_every}."
+            f"{WHERE}: batch_size and commit_every must be positive, got {batch_size}, {options.commit_every}. "
+            "Pass at least 1."
         )
     if on_error not in ("raise", "skip"):
         raise ValueError(f"{WHERE}: on_error must be 'raise' or 'skip', got {on_error!r}. Choose one of them.")

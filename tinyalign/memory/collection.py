@@ -35,7 +35,9 @@ class Collection:
         try:
             from pymilvus import MilvusClient
         except ImportError as error:
-            raise ImportError(f"{CALLER}: pymilvus must be installed. Install tinyalign-vlm[milvus].") from error
+            raise ImportError(
+                f"{CALLER}: pymilvus must be installed, got an import error. Install tinyalign-vlm[milvus]."
+            ) from error
         self.name = name
         self.embedded = str(uri).endswith(".db")
         self.client: Any = MilvusClient(uri=str(uri), token=token)

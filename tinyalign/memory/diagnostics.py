@@ -110,7 +110,10 @@ def retrieval_report(
     """
     where = "retrieval_report"
     if not len(labels) or queries.shape[0] != len(labels):
-        raise ValueError(f"{where}: labels must be one per query, got {len(labels)} for {queries.shape[0]} queries.")
+        raise ValueError(
+            f"{where}: labels must be one per query, got {len(labels)} for {queries.shape[0]} queries. "
+            "Give each its own."
+        )
     found = bank.neighbours(queries, k, **search)
     ids = bank.ids.tolist()
     if isinstance(label_of, str):
@@ -209,7 +212,9 @@ def score_report(bank: MemoryBank, queries: Tensor, k: int = 5, *, seed: int = 0
         (1.0, 0.0)
     """
     if k < 1 or not queries.shape[0]:
-        raise ValueError(f"score_report: k and queries must not be empty, got k={k} and {queries.shape[0]} queries.")
+        raise ValueError(
+            f"score_report: k and queries must not be empty, got k={k} and {queries.shape[0]} queries. Pass some."
+        )
     found = bank.neighbours(queries, k, **search)
     generator = torch.Generator().manual_seed(seed)
     sample = bank.ids[torch.randint(len(bank), (1000,), generator=generator)]
@@ -243,7 +248,9 @@ def anisotropy_report(keys: Tensor, transform: KeyTransform | None = None) -> An
     """
     where = "anisotropy_report"
     if keys.ndim != 2 or keys.shape[0] < 2:
-        raise ValueError(f"{where}: keys must be at least two rows (M, D), got {tuple(keys.shape)}.")
+        raise ValueError(
+            f"{where}: keys must be at least two rows (M, D), got {tuple(keys.shape)}. Pass the keys of a bank."
+        )
     rows = normalised(float_rows(keys, (keys.shape[1],), where, "keys"), where, "keys")
     if transform is not None:
         rows = normalised(transform(rows), where, "keys")

@@ -19,7 +19,10 @@ def writer_lock(directory: Path, caller: str) -> Iterator[None]:
     try:
         import fcntl
     except ImportError as error:  # pragma: no cover
-        raise BankError(f"{caller}: writing a bank needs Linux or macOS file locks, got {os.name!r}.") from error
+        raise BankError(
+            f"{caller}: the system must be Linux or macOS to lock files, got {os.name!r}. Write the bank "
+            "on one of them."
+        ) from error
     if not directory.is_dir():
         raise BankError(f"{caller}: {directory} must be there, got no such directory. Save the bank to another path.")
     path = directory / "lock"

@@ -110,7 +110,8 @@ def read_manifest(directory: Path, caller: str) -> Manifest:
         )
     if path.stat().st_size > LARGEST_MANIFEST:
         raise BankCorruptedError(
-            f"{caller}: {path} must stay under {LARGEST_MANIFEST} bytes, got {path.stat().st_size}."
+            f"{caller}: {path} must stay under {LARGEST_MANIFEST} bytes, got {path.stat().st_size}. "
+            "Use another copy of the bank."
         )
     try:
         content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)

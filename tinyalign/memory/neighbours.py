@@ -176,7 +176,7 @@ def precompute_neighbours(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"{where}: k must be positive, got {k!r}. Ask for at least one neighbour.")
     if batch_size < 1:
-        raise ValueError(f"{where}: batch_size must be positive, got {batch_size}.")
+        raise ValueError(f"{where}: batch_size must be positive, got {batch_size}. Pass at least 1.")
     rows = 0
     with replace_directory(Path(path)) as folder:
         with open(folder / "ids.part", "wb") as ids_stream, open(folder / "scores.part", "wb") as scores_stream:
@@ -193,7 +193,10 @@ def precompute_neighbours(
                 rows += batch.shape[0]
         for name, given in (("exclude_ids", exclude_ids), ("exclude_groups", exclude_groups)):
             if given is not None and len(given) != rows:
-                raise ValueError(f"{where}: {name} must have one row per query, got {len(given)} for {rows} queries.")
+                raise ValueError(
+                    f"{where}: {name} must have one row per query, got {len(given)} for {rows} queries. Give -1 "
+                    "for nothing."
+                )
         names = np.arange(rows) if sample_ids is None else int_vector(sample_ids, rows, where, "sample_ids")
         if len(np.unique(names)) != rows:
             raise ValueError(

@@ -40,7 +40,7 @@ class SentenceTransformerKey:
         device: str | torch.device | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"SentenceTransformerKey: batch_size must be positive, got {batch_size}.")
+            raise ValueError(f"SentenceTransformerKey: batch_size must be positive, got {batch_size}. Pass at least 1.")
         if isinstance(model, (str, Path)):
             from sentence_transformers import SentenceTransformer
 
@@ -126,7 +126,9 @@ def concatenate_keys(keys: Sequence[Tensor], weights: Sequence[float] | None = N
         shapes = [tuple(part.shape) for part in keys]
         raise ValueError(f"{where}: keys must be (n, D) tensors of the same n, got {shapes}. Encode the same entries.")
     if len(weights) != len(keys) or min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"{where}: weights must be {len(keys)} numbers from 0, not all 0, got {weights}.")
+        raise ValueError(
+            f"{where}: weights must be {len(keys)} numbers from 0, not all 0, got {weights}. Give one per key."
+        )
     parts = [
         torch.nn.functional.normalize(part.to(torch.float32), dim=-1) * (weight / sum(weights)) ** 0.5
         for part, weight in zip(keys, weights, strict=True)

@@ -148,7 +148,9 @@ def open_generation(directory: Path, caller: str, *, mapped: bool) -> Opened:
         except (BankCorruptedError, FileNotFoundError):
             if read_manifest(directory, caller).generation == manifest.generation:
                 raise
-    raise BankError(f"{caller}: {directory} must stay still long enough to be opened, got 16 new generations.")
+    raise BankError(
+        f"{caller}: {directory} must stay still long enough to be opened, got 16 new generations. Try again."
+    )
 
 
 def _open(directory: Path, manifest: Manifest, caller: str, *, mapped: bool) -> Opened:

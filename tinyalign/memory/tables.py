@@ -40,7 +40,9 @@ def read_facts(
     for name in files:
         entry = facts["files"].get(name) if isinstance(facts["files"], dict) else None
         if not _is_entry(entry):
-            raise BankCorruptedError(f"{where}: {path} must name {name}, its bytes and checksums. Make it anew.")
+            raise BankCorruptedError(
+                f"{where}: {path} must name {name}, its bytes and checksums, got none of it. Make it anew."
+            )
     return facts
 
 

@@ -121,5 +121,8 @@ class KeyTransform:
             return cls(packed)
         input_dim, left = divmod(size, 1 + output_dim)
         if left or not input_dim:
-            raise ValueError(f"KeyTransform.unpacked: packed must fit width {output_dim}, got {size} numbers.")
+            raise ValueError(
+                f"KeyTransform.unpacked: packed must fit width {output_dim}, got {size} numbers. Pass what "
+                "`packed` gave."
+            )
         return cls(packed[:input_dim], packed[input_dim:].reshape(input_dim, output_dim))
