@@ -49,7 +49,7 @@ from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_f
 from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import NLLTable, delta_emi, effective_mutual_information
 
-BANK, TRAIN, HELDOUT = 8000, 512, 400  # scenes; no handwriting is shared between the three
+BANK, TRAIN, HELDOUT = 10000, 512, 400  # scenes; no handwriting is shared between the three
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 600, 400, 200
