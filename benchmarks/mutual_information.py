@@ -6,7 +6,7 @@ scikit-learn comes with the package; ``pip install ennemi npeet-plus infomeasure
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py                # 63 laws, 5,000 samples, 3 draws each
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part kl      # 30 divergences from samples
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part labels  # labels against 1 to 64 columns
-    OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part emi     # coverage of clustered delta EMI, 1,000 each
+    OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part emi     # coverage of clustered delta EMI
 
 ``--coverage`` (with the first three) prints instead how often the 95 % intervals hold the truth, where no warning is
 given and in all; ``--laws`` keeps those whose name holds a word. The laws are in known_laws.py and known_pairs.py
