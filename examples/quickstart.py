@@ -22,7 +22,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,12 +147,13 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
         [bank, frozen_bank(train, compress_samples(train, encode), fingerprint=bank.fingerprint)]
     )
 
+    @cache  # one search per arm and part, whatever asks for it
     def found(arm: str, part: FrozenSamples) -> FoundNeighbours | None:
         if arm in ("off", "prompt"):
             return None
-        memory = bank
-        if arm == "self":  # what is held out is in no bank
-            memory, arm = (leaky_bank, arm) if part is train else (bank, "bank")
+        if arm == "self" and part is not train:  # what is held out is in no bank
+            return found("bank", part)
+        memory = leaky_bank if arm == "self" else bank
         return find_neighbours(memory, part, arm=arm, k=NEIGHBOURS, seed=seed)
 
     # Stage 1, connectors alone: the same seed and the same batches for every arm.
@@ -174,7 +175,7 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
         model = copy.deepcopy(outcomes[name].model).freeze_for("instruct")
         instructed[name] = fit(model, stage_2, partial(found, arms[name]), seed, f"seed {seed}, stage 2, {name}")
 
-    neighbours = find_neighbours(bank, heldout, k=NEIGHBOURS).neighbours.ids
+    neighbours = found("bank", heldout).neighbours.ids
     leakage = leakage_report(leaky_bank, train.queries, train.rows["sample_ids"], train.rows["groups"], k=NEIGHBOURS)
     summary = {
         "seed": seed,
