@@ -284,10 +284,14 @@ def test_a_bank_made_otherwise_is_refused() -> None:
         attach_memory(model, memory=bank(**own), connector=connector)
 
 
-def test_a_model_without_a_tower_says_so_when_it_is_attached() -> None:
+def test_a_model_without_a_tower_asks_for_queries_when_it_is_called() -> None:
     bank = MemoryBank(key_dim=32, value_shape=(F.L, F.LATENT))
-    with pytest.warns(UserWarning, match="LlamaForCausalLM has no vision tower to make queries of; give attach_memory"):
-        attach_memory(F.build("llama"), memory=bank, connector=RAGConnector(F.LATENT, F.WIDTH))
+    bank.add(torch.randn(3, 32), torch.randn(3, F.L, F.LATENT))
+    aligned = attach_memory(F.build("llama"), memory=bank, connector=RAGConnector(F.LATENT, F.WIDTH), k=2)
+    batch = aligned.splice({"input_ids": torch.tensor([[3, 4, 5]])})
+    with pytest.raises(ValueError, match=r"query must be attached to search, got None. Pass query= to attach_memory"):
+        aligned(**batch)
+    assert aligned(**batch, queries=torch.randn(1, 32)).logits.shape[1] == 3 + 2 * F.L
 
 
 def test_towers_of_another_layout_are_refused() -> None:

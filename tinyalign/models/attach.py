@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -46,9 +45,6 @@ def attach_memory(
         ValueError: a model that is attached already, a tokenizer that knows `rag_token`, a connector of another width,
             or a model that looks ids up in a second table.
         FingerprintMismatch: queries that are not made as the bank's keys were.
-
-    Warns:
-        UserWarning: a model with a bank, but without a tower to make queries of, and no `query`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,12 +101,6 @@ def attach_memory(
     check_arm(where, retrieval)
     aligned._processor = processor
     aligned._query = TowerQuery.of(vlm) if query is None else query
-    if memory is not None and aligned._query is None:
-        warnings.warn(
-            f"{where}: {type(vlm).__name__} has no vision tower to make queries of; give attach_memory a query=, or "
-            f"every call queries=, neighbour_ids= or retrieved=.",
-            stacklevel=2,
-        )
     aligned._memory.value = memory
     check_query(aligned)
     aligned.plug.install()
