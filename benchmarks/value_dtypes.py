@@ -22,7 +22,7 @@ from tinyalign.data import DigitScenes, LlavaCollator
 from tinyalign.memory import AttentionPooledKey, MemoryBank
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.models.digit_parts import load_digit_parts
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import NLLTable, delta_emi
 
 NEIGHBOURS, BATCH = 5, 16
@@ -61,7 +61,9 @@ def encoded(parts: Any, entries: int, steps: int, seed: int) -> tuple[SampleEnco
     )
     features = torch.cat([encode.features(scenes[i : i + 256])[0] for i in range(0, entries, 256)])
     captions, _ = encode.tokens([sample.turns[1].text for sample in scenes])
-    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=seed)
+    pretrainer = PerceiverPretrainer(
+        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(_: int) -> Tensor:

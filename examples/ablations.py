@@ -54,6 +54,7 @@ from tinyalign.models.frozen import (
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
 from tinyalign.perceiver import (
     FoldedPixelPerceiver,
+    LossWeights,
     PerceiverCompressor,
     PerceiverPretrainer,
     PerceiverSizes,
@@ -279,7 +280,13 @@ class World:
         """Trained on the bank's pairs once per seed, and kept beside the cells."""
         if not (self.folder / "config.json").exists():
             compressor = self.compressor("balanced").requires_grad_(True)
-            pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=self.seed)
+            pretrainer = PerceiverPretrainer(
+                compressor,
+                loss_weights=LossWeights(image=0.1, bag=0.3),
+                mixed_captions=0.0,
+                hidden_dim=64,
+                seed=self.seed,
+            )
             encode = self.encoder_of(compressor)
             fit_compressor(pretrainer, self.split["memory"], encode, steps=COMPRESSOR_STEPS, seed=self.seed)
             compressor.save_pretrained(self.folder)

@@ -42,7 +42,7 @@ from tinyalign.models.digit_parts import DigitRecipe, load_digit_parts
 from tinyalign.models.frozen import FrozenSamples, compress_samples, find_neighbours, freeze_samples, frozen_bank
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
 from tinyalign.models.tiny import write_tiny_parts
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory.intervals import ratio_interval
 
 ARMS = ("off", "bank", "shuffled")
@@ -213,7 +213,13 @@ def encoder_of(tower: nn.Module, pictures: Any, tokenizer: Any, seed: int) -> Sa
 
 
 def fill_bank(part: FrozenSamples, encode: SampleEncoder, seed: int, steps: int) -> MemoryBank:
-    pretrainer = PerceiverPretrainer(encode.encoder.compressor, image_weight=0.1, hidden_dim=64, seed=seed)
+    pretrainer = PerceiverPretrainer(
+        encode.encoder.compressor,
+        loss_weights=LossWeights(image=0.1, bag=0.3),
+        mixed_captions=0.0,
+        hidden_dim=64,
+        seed=seed,
+    )
     fit_compressor(pretrainer, part, encode, steps=steps, seed=seed)
     return frozen_bank(part, compress_samples(part, encode))
 

@@ -35,7 +35,7 @@ from tinyalign.models.digit_parts import load_digit_parts
 from tinyalign.models.frozen import find_neighbours, freeze_samples
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen
 from tinyalign.models.tiny import write_tiny_parts
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import (
     Estimate,
     NLLTable,
@@ -134,7 +134,9 @@ def digits(args: argparse.Namespace) -> None:
     )
     encoder = PairEncoder(parts.vision_tower, compressor, AttentionPooledKey())
     encode = SampleEncoder(encoder, parts.image_processor, parts.tokenizer)
-    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=0)
+    pretrainer = PerceiverPretrainer(
+        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=0
+    )
     fit_compressor(pretrainer, freeze_samples(memory, encode), encode, steps=COMPRESSOR_STEPS)
     bank = build_memory_bank(
         memory, encode, args.bank, batch_size=128, resume=False, fingerprint=encode.fingerprint(), progress=False

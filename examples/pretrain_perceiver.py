@@ -29,17 +29,22 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tinyalign.data import DigitScenes, LlavaDataset, Sample, load_image
 from tinyalign.models import VisionFeatures
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes, evaluate_reconstruction
+from tinyalign.perceiver import (
+    LossWeights,
+    PerceiverCompressor,
+    PerceiverPretrainer,
+    PerceiverSizes,
+    evaluate_reconstruction,
+)
 
 SIZES = PerceiverSizes()  # the paper's Table 3: 32 latents of width 96
 EPOCHS = 3.0
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 NUM_PATCHES = 128  # patches reconstructed per image and step
+LOSS_WEIGHTS = LossWeights(bag=1.0)  # the words out of order as much as those in order
 CAPTION_DROPOUT = 0.0  # share of captions to guess from the image alone
 MIXED_CAPTIONS = 0.5  # share of captions made of words of the whole batch, so that none is learned by heart
-BAG_SHARE = 1.0  # the words out of order beside those in order
-CONTRASTIVE_WEIGHT = 0.0
 HELD_OUT = 0.05
 MAX_CAPTION_TOKENS = 128
 SAVE_STEPS = 500
@@ -167,8 +172,7 @@ def run(arguments: argparse.Namespace, sizes: PerceiverSizes, **overrides: objec
     compressor = PerceiverCompressor(features.dim, sizes=sizes, seed=SEED, **words.compressor_arguments())
     model = PerceiverPretrainer(
         compressor,
-        bag_share=BAG_SHARE,
-        contrastive_weight=CONTRASTIVE_WEIGHT,
+        loss_weights=LOSS_WEIGHTS,
         caption_dropout=CAPTION_DROPOUT,
         mixed_captions=MIXED_CAPTIONS,
         num_patches=NUM_PATCHES,

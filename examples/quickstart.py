@@ -46,7 +46,7 @@ from tinyalign.models.frozen import (
     frozen_bank,
 )
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 from tinyalign.theory import NLLTable, delta_emi, effective_mutual_information
 
 BANK, TRAIN, HELDOUT = 10000, 512, 400  # scenes; no handwriting is shared between the three
@@ -121,7 +121,9 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
     encode = SampleEncoder(
         PairEncoder(parts.vision_tower, compressor, AttentionPooledKey()), parts.image_processor, parts.tokenizer
     )
-    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=seed)
+    pretrainer = PerceiverPretrainer(
+        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=seed
+    )
     pairs = freeze_samples(scenes, encode)
     watch = partial(track, description=f"seed {seed}, compressor")
     fit_compressor(pretrainer, pairs, encode, steps=COMPRESSOR_STEPS, seed=seed, track=watch)

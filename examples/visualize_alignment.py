@@ -38,7 +38,7 @@ from tinyalign.models.digit_parts import DigitRecipe, load_digit_parts
 from tinyalign.models.frozen import FrozenSamples, compress_samples, find_neighbours, freeze_samples, frozen_bank
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen
 from tinyalign.models.sample_encoder import caption_of
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 
 BANK, TRAIN, HELDOUT = 8000, 512, 400
 STEPS, COMPRESSOR_STEPS, RATE = 300, 600, 2e-3
@@ -135,7 +135,9 @@ def digits(seed: int, num: int, smoke: bool) -> list[Clouds]:
     pair = PairEncoder(parts.vision_tower, compressor, AttentionPooledKey())
     encode = SampleEncoder(pair, parts.image_processor, parts.tokenizer)
     split = {name: freeze_samples(DigitScenes(name, count, seed=seed), encode) for name, count in counts.items()}
-    pretrainer = PerceiverPretrainer(compressor, image_weight=0.1, hidden_dim=64, seed=seed)
+    pretrainer = PerceiverPretrainer(
+        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=seed
+    )
     fit_compressor(pretrainer, split["memory"], encode, steps=5 if smoke else COMPRESSOR_STEPS, seed=seed)
     bank = frozen_bank(split["memory"], compress_samples(split["memory"], encode))
     heldout = split["heldout"]

@@ -12,6 +12,7 @@ from tinyalign._attention import attend, attend_packed, pack
 from tinyalign.perceiver import (
     CompressorRecord,
     FoldedPixelPerceiver,
+    LossWeights,
     PerceiverCompressor,
     PerceiverEncoder,
     PerceiverPretrainer,
@@ -37,9 +38,10 @@ PAPER = {  # Table 3, and the sizes of the release's inputs
     FoldedPixelPerceiver: {"chunk": 2048},
     LatentReader: {"hidden_dim": 128, "num_heads": 8},
     PerceiverPretrainer: {
-        "image_weight": 1.0, "text_weight": 1.0, "bag_share": 0.3, "contrastive_weight": 0.0, "caption_dropout": 0.0,
-        "mixed_captions": 0.0, "num_patches": None, "hidden_dim": 128, "seed": 0,
+        "loss_weights": (1.0, 1.0, 0.3, 0.0), "caption_dropout": 0.0, "mixed_captions": 0.0, "num_patches": None,
+        "hidden_dim": 128, "seed": 0,
     },
+    LossWeights: {"image": 1.0, "text": 1.0, "bag": 0.3, "contrastive": 0.0},
     compressor_diagnostics: {"seed": 0, "batch_size": 32, "num_probes": 10, "min_count": 4},
 }  # fmt: skip
 
@@ -70,7 +72,7 @@ def near(value, expected, count):
 def test_weights_are_drawn_at_their_scale():
     compressor = PerceiverCompressor(144, vocab_size=500, sizes=SIZES)
     embedded = PerceiverCompressor(144, text_dim=100, sizes=SIZES)
-    pretrainer = PerceiverPretrainer(compressor, hidden_dim=64, contrastive_weight=1.0)
+    pretrainer = PerceiverPretrainer(compressor, hidden_dim=64, loss_weights=LossWeights(contrastive=1.0))
     pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=32), image_size=8, vocab_size=99)
     for weight, expected in (
         (compressor.image_projection.weight, 1 / 12),

@@ -10,6 +10,7 @@ from tinyalign._attention.dispatch import attend_packed
 from tinyalign._attention.packing import pack
 from tinyalign.connectors import RAGConnector
 from tinyalign.perceiver import (
+    LossWeights,
     PerceiverCompressor,
     PerceiverEncoder,
     PerceiverPretrainer,
@@ -187,7 +188,7 @@ def test_a_training_step_waits_for_the_device_once_at_most():
     """The first step learns the scale of the features; with one cross-attention the later ones never look."""
     compressor = PerceiverCompressor(48, vocab_size=100, fusion="joint", sizes=PerceiverSizes(num_self_attends=1))
     pretrainer = PerceiverPretrainer(
-        compressor, num_patches=8, caption_dropout=0.3, mixed_captions=0.5, contrastive_weight=1.0
+        compressor, num_patches=8, caption_dropout=0.3, mixed_captions=0.5, loss_weights=LossWeights(contrastive=1.0)
     ).cuda()
     image, text = torch.randn(4, 30, 48, device="cuda"), torch.randint(0, 100, (4, 17), device="cuda")
     text_mask = torch.ones(4, 17, dtype=torch.bool, device="cuda")

@@ -9,14 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes, evaluate_reconstruction
+from tinyalign.perceiver import (
+    LossWeights,
+    PerceiverCompressor,
+    PerceiverPretrainer,
+    PerceiverSizes,
+    evaluate_reconstruction,
+)
 from tinyalign.perceiver.pretrainer import shuffled_places
 
 SIZES = PerceiverSizes(token_dim=32, num_latents=4, latent_dim=32, num_self_attends=1, num_heads=4)
 
 
-def build(seed=0, text_dim=None, **arguments):
+def build(seed=0, text_dim=None, weights=LossWeights(bag=0.3), mixed_captions=0.0, **arguments):  # noqa: B008
     compressor = PerceiverCompressor(12, vocab_size=30, text_dim=text_dim, sizes=SIZES, seed=seed)
+    arguments = {"loss_weights": weights, "mixed_captions": mixed_captions, **arguments}
     return PerceiverPretrainer(compressor, hidden_dim=32, seed=seed, **arguments)
 
 
@@ -59,18 +66,18 @@ def test_losses_are_the_errors_of_the_decoder_by_hand():
 
 def test_weights_scale_the_parts_and_zero_leaves_them_out():
     image, text = example()
-    out = build(image_weight=0.0, text_weight=3.0).eval()(image, text)
+    out = build(weights=LossWeights(image=0.0, text=3.0, bag=0.5)).eval()(image, text)
     assert out.image_loss == 0
-    torch.testing.assert_close(out.loss, 3.0 * (out.text_loss + 0.3 * out.bag_loss))
-    out = build(bag_share=2.0).eval()(image, text)
+    torch.testing.assert_close(out.loss, 3.0 * out.text_loss + 0.5 * out.bag_loss)
+    out = build(weights=LossWeights(bag=2.0)).eval()(image, text)
     torch.testing.assert_close(out.loss, out.image_loss + out.text_loss + 2.0 * out.bag_loss)
-    out = build(text_weight=0.0, contrastive_weight=2.0).eval()(image, text)
+    out = build(weights=LossWeights(text=0.0, bag=0.0, contrastive=2.0)).eval()(image, text)
     assert out.text_loss == out.bag_loss == 0
     torch.testing.assert_close(out.loss, out.image_loss + 2.0 * out.contrastive_loss)
 
 
 def test_padding_and_batch_mates_do_not_enter_the_loss():
-    pretrainer = build(contrastive_weight=1.0).eval()
+    pretrainer = build(weights=LossWeights(contrastive=1.0)).eval()
     image, text = example()
     expected = pretrainer(image, text)
     padded_image = torch.cat((image, torch.full((8, 3, 12), float("nan"))), 1)
@@ -82,7 +89,7 @@ def test_padding_and_batch_mates_do_not_enter_the_loss():
 
 
 def test_rows_without_caption_count_for_the_image_only():
-    pretrainer = build(contrastive_weight=1.0).eval()
+    pretrainer = build(weights=LossWeights(contrastive=1.0)).eval()
     image, text = example()
     text_mask = torch.ones(8, 6, dtype=torch.bool)
     text_mask[3] = False
@@ -95,7 +102,7 @@ def test_rows_without_caption_count_for_the_image_only():
 
 
 def test_gradients_reach_every_weight():
-    pretrainer = build(contrastive_weight=1.0)
+    pretrainer = build(weights=LossWeights(contrastive=1.0))
     pretrainer(*example()).loss.backward()
     unreached = [name for name, weight in pretrainer.named_parameters() if weight.grad is None or not weight.grad.any()]
     # A key's bias adds the same to every score of a query, and a softmax does not see it.
@@ -176,7 +183,7 @@ def test_mixed_captions_hold_the_words_of_the_batch_and_are_what_is_asked_for():
     image, text = example(64)
     text_mask = torch.arange(6) < torch.randint(0, 7, (64, 1))
     seen = []
-    pretrainer = build(mixed_captions=0.5, caption_dropout=0.3, contrastive_weight=1.0)
+    pretrainer = build(mixed_captions=0.5, caption_dropout=0.3, weights=LossWeights(contrastive=1.0))
     pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     out = pretrainer(image, text, None, text_mask)
     asked, shown = seen[0][1], seen[0][3]
@@ -243,7 +250,7 @@ def test_asking_for_as_many_patches_as_there_are_takes_all(num_patches):
 
 def test_sampled_patches_are_compared_with_themselves():
     """A stand-in decoder that knows every patch by its position leaves no error; padding stays out of it."""
-    pretrainer = build(num_patches=5, text_weight=0.0)
+    pretrainer = build(num_patches=5, weights=LossWeights(text=0.0, bag=0.0))
     image, _ = example(6)
     image_mask = torch.arange(9)[None].expand(6, -1) < torch.tensor([9, 8, 7, 6, 5, 4])[:, None]
     pretrainer.compressor.fit_image_scale(image)
@@ -263,7 +270,7 @@ def test_sampled_patches_are_compared_with_themselves():
 
 
 def test_each_contrastive_view_sees_one_modality():
-    pretrainer = build(contrastive_weight=1.0)
+    pretrainer = build(weights=LossWeights(contrastive=1.0))
     seen = []
     pretrainer.compressor.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     pretrainer(*example())
@@ -274,7 +281,7 @@ def test_each_contrastive_view_sees_one_modality():
 
 
 def test_contrastive_views_learn_to_find_each_other():
-    pretrainer = build(image_weight=0.0, text_weight=0.0, contrastive_weight=1.0)
+    pretrainer = build(weights=LossWeights(0.0, 0.0, 0.0, 1.0))
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(29, 9, 12, generator=generator)
     optimiser = torch.optim.AdamW(pretrainer.parameters(), lr=3e-3)
@@ -316,10 +323,13 @@ def test_the_scale_is_fitted_once_on_the_first_training_batch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_weight": -1.0}, "image_weight must be finite and not negative, got -1.0"),
-        ({"contrastive_weight": math.nan}, "contrastive_weight must be finite and not negative, got nan"),
+        ({"weights": LossWeights(image=-1.0)}, "loss_weights.image must be finite and not negative, got -1.0"),
+        (
+            {"weights": LossWeights(contrastive=math.nan)},
+            "loss_weights.contrastive must be finite and not negative, got nan",
+        ),
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1.0"),
-        ({"bag_share": -0.1}, "bag_share must be finite and not negative, got -0.1"),
+        ({"weights": LossWeights(bag=-0.1)}, "loss_weights.bag must be finite and not negative, got -0.1"),
         ({"mixed_captions": 1.5}, r"mixed_captions must lie in \[0, 1\], got 1.5"),
         ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
     ],
@@ -330,12 +340,12 @@ def test_impossible_settings_are_refused(arguments, message):
 
 
 def test_what_has_no_weight_is_not_built():
-    names = {name.split(".")[0] for name, _ in build(image_weight=0.0).named_parameters()}
+    names = {name.split(".")[0] for name, _ in build(weights=LossWeights(image=0.0)).named_parameters()}
     assert names == {"compressor", "text_reader", "bag_reader"}
-    names = {name.split(".")[0] for name, _ in build(bag_share=0.0).named_parameters()}
+    names = {name.split(".")[0] for name, _ in build(weights=LossWeights(bag=0.0)).named_parameters()}
     assert names == {"compressor", "image_reader", "text_reader"}
-    names = {name.split(".")[0] for name, _ in build(text_weight=0.0, contrastive_weight=1.0).named_parameters()}
-    assert names == {"compressor", "image_reader", "log_temperature"}
+    names = {name.split(".")[0] for name, _ in build(weights=LossWeights(text=0.0, contrastive=1.0)).named_parameters()}
+    assert names == {"compressor", "image_reader", "bag_reader", "log_temperature"}
 
 
 def test_the_report_equals_totals_by_hand_whatever_the_batching():
@@ -385,7 +395,9 @@ def test_the_report_of_embeddings_and_of_missing_parts():
     assert embedded.text_explained < 0.5  # untrained
     only_images = evaluate_reconstruction(build(), [{"image_features": image}])
     assert (only_images.token_nll, only_images.num_tokens) == (None, 0)
-    only_text = evaluate_reconstruction(build(image_weight=0.0), [{"image_features": image, "text": example(4)[1]}])
+    only_text = evaluate_reconstruction(
+        build(weights=LossWeights(image=0.0)), [{"image_features": image, "text": example(4)[1]}]
+    )
     assert only_text.image_explained is None
     with pytest.raises(ValueError, match="batches must not be empty, got 0"):
         evaluate_reconstruction(build(), [])

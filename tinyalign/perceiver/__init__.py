@@ -19,7 +19,7 @@ from tinyalign.perceiver.diagnostics import (
 from tinyalign.perceiver.encoder import PerceiverEncoder
 from tinyalign.perceiver.pixels import PixelPerceiver, caption_bytes
 from tinyalign.perceiver.pixels_folded import FoldedPixelPerceiver
-from tinyalign.perceiver.pretrainer import PerceiverPretrainer, PretrainOutput
+from tinyalign.perceiver.pretrainer import LossWeights, PerceiverPretrainer, PretrainOutput
 from tinyalign.perceiver.reconstruction import ReconstructionReport, evaluate_reconstruction
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "CompressorDiagnostics",
     "CompressorRecord",
     "FoldedPixelPerceiver",
+    "LossWeights",
     "PerceiverCompressor",
     "PerceiverEncoder",
     "PerceiverPretrainer",

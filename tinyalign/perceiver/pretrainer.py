@@ -34,6 +34,24 @@ class PretrainOutput(NamedTuple):
     contrastive_loss: Tensor
 
 
+class LossWeights(NamedTuple):
+    """What each part of a `PerceiverPretrainer`'s loss counts; 0 leaves a part out.
+
+    Args:
+        image: the patches.
+        text: the caption in order.
+        bag: the caption's words out of order, from a linear reading (token ids only). More lets a linear map find what
+            the caption said from fewer examples, and the order is learned more slowly.
+        contrastive: telling, from its image alone, which caption of the batch belongs to a row (symmetric InfoNCE
+            between the mean latents of the two views). Costs two more encodings.
+    """
+
+    image: float = 1.0
+    text: float = 1.0
+    bag: float = 0.3
+    contrastive: float = 0.0
+
+
 class PerceiverPretrainer(nn.Module):
     """Train a compressor to keep what the image and the caption say, by reconstructing both from the latents alone.
 
@@ -48,12 +66,7 @@ class PerceiverPretrainer(nn.Module):
 
     Args:
         compressor: the compressor to train; shared, not copied.
-        image_weight: weight of the patch reconstruction.
-        text_weight: weight of the caption reconstruction, in order and out of order.
-        bag_share: weight of the words out of order beside those in order. More lets a linear map read what the caption
-            said from fewer examples, and the order is learned more slowly.
-        contrastive_weight: weight of telling, from its image alone, which caption of the batch belongs to a row
-            (symmetric InfoNCE between the mean latents of the two views). Costs two more encodings.
+        loss_weights: what patches, caption, its words out of order and the contrast of the two views count.
         caption_dropout: share of rows whose caption is hidden from the compressor while training, but still asked for.
         mixed_captions: share of the other rows whose caption is mixed from the batch's while training.
         num_patches: patches reconstructed per row and step, drawn anew while training; None takes all.
@@ -87,10 +100,7 @@ class PerceiverPretrainer(nn.Module):
         self,
         compressor: PerceiverCompressor,
         *,
-        image_weight: float = 1.0,
-        text_weight: float = 1.0,
-        bag_share: float = 0.3,
-        contrastive_weight: float = 0.0,
+        loss_weights: LossWeights = LossWeights(),  # noqa: B008  a tuple of numbers cannot change
         caption_dropout: float = 0.0,
         mixed_captions: float = 0.0,
         num_patches: int | None = None,
@@ -98,12 +108,11 @@ class PerceiverPretrainer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        weights = {"image_weight": image_weight, "text_weight": text_weight, "bag_share": bag_share}
-        weights["contrastive_weight"] = contrastive_weight
-        for name, factor in weights.items():
+        for name, factor in loss_weights._asdict().items():
             if not 0.0 <= factor < float("inf"):
                 raise ValueError(
-                    f"PerceiverPretrainer: {name} must be finite and not negative, got {factor}. Use 0 to leave it out."
+                    f"PerceiverPretrainer: loss_weights.{name} must be finite and not negative, got {factor}. Use 0 to "
+                    "leave it out."
                 )
         if not 0.0 <= caption_dropout < 1.0:
             raise ValueError(
@@ -117,14 +126,11 @@ class PerceiverPretrainer(nn.Module):
             )
         if num_patches is not None and num_patches < 1:
             raise ValueError(
-                f"PerceiverPretrainer: num_patches must be at least 1, got {num_patches}. Use image_weight=0 to leave "
-                "the image out."
+                f"PerceiverPretrainer: num_patches must be at least 1, got {num_patches}. Use LossWeights(image=0) to "
+                "leave the image out."
             )
         self.compressor = compressor
-        self.image_weight = image_weight
-        self.text_weight = text_weight
-        self.bag_share = bag_share
-        self.contrastive_weight = contrastive_weight
+        self.loss_weights = loss_weights
         self.caption_dropout = caption_dropout
         self.mixed_captions = mixed_captions
         self._scale_is_known = False
@@ -143,14 +149,16 @@ class PerceiverPretrainer(nn.Module):
             )
 
         # What carries no weight is not built, so that every weight here gets a gradient (DDP insists on it).
-        self.image_reader = reader(compressor.image_dim) if image_weight else None
-        self.text_reader = reader(text_out) if text_weight else None
+        self.image_reader = reader(compressor.image_dim) if loss_weights.image else None
+        self.text_reader = reader(text_out) if loss_weights.text else None
         self.bag_reader = None
-        if text_weight and bag_share and compressor.text_dim is None:
+        if loss_weights.bag and compressor.text_dim is None:
             flat = compressor.num_latents * compressor.latent_dim
             self.bag_reader = nn.Linear(flat, text_out, device=weight.device, dtype=weight.dtype)
         self.log_temperature = (
-            nn.Parameter(torch.tensor(-2.0, device=weight.device, dtype=weight.dtype)) if contrastive_weight else None
+            nn.Parameter(torch.tensor(-2.0, device=weight.device, dtype=weight.dtype))
+            if loss_weights.contrastive
+            else None
         )
         generator = torch.Generator().manual_seed(seed)
         for part in (self.image_reader, self.text_reader):
@@ -209,11 +217,9 @@ class PerceiverPretrainer(nn.Module):
                 contrastive_loss = self._contrastive_loss(
                     self.log_temperature, image_features, text, image_mask, text_mask
                 )
-        loss = (
-            self.image_weight * image_loss
-            + self.text_weight * (text_loss + self.bag_share * bag_loss)
-            + self.contrastive_weight * contrastive_loss
-        )
+        weights = self.loss_weights
+        told = weights.text * text_loss + weights.bag * bag_loss
+        loss = weights.image * image_loss + told + weights.contrastive * contrastive_loss
         return PretrainOutput(loss, image_loss, text_loss, bag_loss, contrastive_loss)
 
     def _check_text(self, text: Tensor, text_mask: Tensor) -> None:
