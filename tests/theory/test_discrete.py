@@ -15,6 +15,7 @@ from tinyalign.theory import (
     mutual_information,
     table_information,
 )
+from tinyalign.theory.entropies import jackknife_shift
 
 
 def table_of(seed: int, rows: int, columns: int) -> np.ndarray:
@@ -88,6 +89,70 @@ def test_interval_covers_for_dependent_and_independent_labels(rows: int) -> None
         hits = [mutual_information(*draw(joint, 1000, seed)) for seed in range(200)]
         assert not any(result.warnings for result in hits)
         assert 0.89 <= np.mean([result.low <= truth <= result.high for result in hits]) <= 0.99
+
+
+@pytest.mark.parametrize(
+    "share",
+    [[0.5, 0.5], [0.9, 0.1], [0.1] * 10, [i / 55 for i in range(1, 11)]],
+    ids=["2", "2, uneven", "10", "skewed"],
+)
+def test_entropy_interval_covers_even_and_uneven_outcomes(share: list[float]) -> None:
+    """300 repetitions: three binomial errors around 95 %."""
+    truth = -float(np.sum(share * np.log(share)))
+    hits = [entropy(np.random.default_rng(seed).choice(len(share), 200, p=share)) for seed in range(300)]
+    assert not any(result.warnings for result in hits)
+    assert 0.912 <= np.mean([result.low <= truth <= result.high for result in hits]) <= 0.988
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_information_of_a_copy_is_its_entropy_with_its_interval(rows: int) -> None:
+    x = np.random.default_rng(rows).integers(0, rows, 400)
+    alone, copy, part = entropy(x), mutual_information(x, x), mutual_information(x, 2 * x + (np.arange(400) % 2))
+    given = conditional_mutual_information(x, x, np.zeros(400, dtype=int))
+    for result in (copy, part, given):
+        assert (result.value, result.low, result.high) == pytest.approx((alone.value, alone.low, alone.high), abs=1e-9)
+        assert not result.warnings
+
+
+def test_conditional_interval_covers_and_independent_labels_have_none_of_it() -> None:
+    """200 repetitions: three binomial errors around 95 %."""
+    hits = []
+    for seed in range(200):
+        z, x, y = np.random.default_rng(seed).integers(0, 3, (3, 400))
+        result = conditional_mutual_information((x + z) % 3, (y + z) % 3, z)
+        hits.append(result.low <= 0 <= result.high)
+        assert result.samples is not None
+        assert result.samples.mean() == pytest.approx(result.value, abs=1e-9)
+    assert 0.9 <= np.mean(hits) <= 0.99
+    with_one = conditional_mutual_information(x, y, np.ones(400, dtype=int))
+    plain = mutual_information(x, y)
+    assert (with_one.value, with_one.low, with_one.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
+def test_a_bias_that_is_left_is_said() -> None:
+    law = 1 / np.arange(1, 61)
+    few, many = (np.random.default_rng(0).choice(60, n, p=law / law.sum()) for n in (400, 20_000))
+    assert entropy(few).warned("undersampled")
+    assert not entropy(many).warnings
+    even = np.arange(1000) % 10
+    for method in ("plugin", "chao_shen"):
+        assert entropy(even, method=method).warned("correction")
+        assert not entropy(many, method=method).warned("correction")
+    assert entropy(even, method="grassberger").warned("correction")
+    assert not entropy(many, method="grassberger").warned("correction")
+    # The jackknife by leaving out each sample in turn.
+    counts = np.array([7, 3, 1])
+    plugin = discrete_entropy(counts, "plugin")
+    left = [discrete_entropy(counts - np.eye(3, dtype=int)[i], "plugin") for i in range(3)]
+    jackknife = 11 * plugin - 10 * (counts @ left) / 11
+    assert jackknife_shift(counts) == pytest.approx(jackknife - discrete_entropy(counts, "miller_madow"))
+    assert jackknife_shift([1]) == 0.0
+
+
+def test_one_outcome_has_no_entropy_and_no_interval() -> None:
+    result = entropy(["a"] * 20)
+    assert (result.value, result.low, result.high, result.std_error) == (0.0, 0.0, 0.0, 0.0)
+    assert result.warned("constant")
 
 
 def test_too_large_an_alphabet_is_said_and_shuffled_labels_give_nothing() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from tinyalign.theory._input import as_labels, as_numpy, check_level
 from tinyalign.theory.classifier import classifier_information
 from tinyalign.theory.continuous import continuous_information
-from tinyalign.theory.discrete import discrete_information
+from tinyalign.theory.discrete import conditional_discrete_information, discrete_information
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.nearest import conditional_ksg, ksg, mixed_ksg, paired, ross
 
@@ -119,18 +119,7 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
     if len({len(part) for part in codes}) != 1:
         lengths = ", ".join(str(len(part)) for part in codes)
         raise ValueError(f"{where}: x, y and z must have equal lengths, got {lengths}. Pair them row by row.")
-    both = discrete_information(codes[0], np.stack(codes[1:], axis=1), method="miller_madow", level=level)
-    alone = discrete_information(codes[0], codes[2], method="miller_madow", level=level)
-    assert both.samples is not None
-    assert alone.samples is not None
-    local = both.samples - alone.samples
-    value = both.value - alone.value
-    error = float(np.sqrt(local.var() / len(local) + both.std_error**2 / len(local)))
-    half = error * (both.high - both.value) / both.std_error if both.std_error > 0 else 0.0
-    return Estimate(
-        value, value - half, value + half, method="chain rule, miller_madow", n=len(local), samples=local,
-        warnings=both.warnings, level=level, std_error=error,
-    )  # fmt: skip
+    return conditional_discrete_information(*codes, level=level)
 
 
 def _kind(values: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-__all__ = ["IntervalMethod", "RatioInterval", "information_interval", "ratio_interval"]
+__all__ = ["IntervalMethod", "RatioInterval", "entropy_interval", "information_interval", "ratio_interval"]
 
 FloatArray = NDArray[np.float64]
 IntervalMethod = Literal["bootstrap-t", "bca", "t"]
@@ -198,3 +198,25 @@ def information_interval(value: float, local: FloatArray, freedom: int, level: f
     low = value - at_zero if value < at_zero else (centre - root) / 2
     high = value + at_zero if value < -at_zero else (centre + root) / 2
     return low, high, math.sqrt(slope * max(value, 0.0) + floor)
+
+
+def entropy_interval(
+    value: float, surprise: FloatArray, ceiling: float, freedom: int, level: float
+) -> tuple[float, float, float]:
+    """Interval of an entropy: what it lacks to its ceiling is an information, which is zero where outcomes are even.
+
+    Args:
+        value: the corrected estimate.
+        surprise: minus the log frequency of each sample's outcome.
+        ceiling: the entropy of even outcomes.
+        freedom: frequencies that are free.
+        level: nominal coverage.
+
+    Shape:
+        surprise: (n,).
+
+    Returns:
+        Lower and upper end and the standard error at the estimate.
+    """
+    low, high, error = information_interval(ceiling - value, ceiling - surprise, freedom, level)
+    return ceiling - high, ceiling - low, error
