@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyalign.data import load_image, stable_id
+from tinyalign.data import Sample, Turn, answers_of, load_image, questions_of, stable_id
 
 
 @given(st.text())
@@ -50,3 +50,28 @@ def test_a_corrupt_image_is_named(tmp_path: Path, content: bytes | str) -> None:
         path.write_bytes(content)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"image must be a readable picture, got '.*broken\.png'"):
         load_image(path)
+
+
+TURNS = (
+    Turn("user", "<image>\nWhat shape?"), Turn("assistant", "circle"), Turn("user", "Is it red?"),
+    Turn("assistant", "no"), Turn("user", "Is it blue?"), Turn("assistant", " no"),
+)  # fmt: skip
+RECORD = Sample("a", 1, 7, (Path("a.png"),), TURNS)
+
+
+def test_questions_become_samples_with_ids_of_their_own() -> None:
+    asked = questions_of(RECORD)
+    questions = ["What shape?", "Is it red?", "Is it blue?"]
+    assert [[turn.text for turn in sample.turns] for sample in asked] == [
+        [f"<image>\n{question}", answer] for question, answer in zip(questions, ("circle", "no", " no"), strict=True)
+    ]
+    assert [sample.sample_id for sample in asked] == [stable_id(f"a/{number}") for number in range(3)]
+    assert {(sample.group, sample.images) for sample in asked} == {(7, RECORD.images)}
+    blind = questions_of(RECORD._replace(images=(), turns=(Turn("user", "Who?"), Turn("assistant", "I."))))
+    assert blind[0].turns[0].text == "Who?"
+    with pytest.raises(ValueError, match=r"an answer for each question, got 2 for 3 in 'a'\. Correct the record"):
+        questions_of(RECORD._replace(turns=TURNS[:5]))
+
+
+def test_answers_become_a_caption_each_once() -> None:
+    assert answers_of(RECORD) == RECORD._replace(turns=(Turn("user", "<image>"), Turn("assistant", "circle no")))

@@ -5,6 +5,7 @@ from tinyalign.data.digits import DigitScenes, Scene
 from tinyalign.data.export import write_llava
 from tinyalign.data.llava import LlavaDataset
 from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer
+from tinyalign.data.questions import answers_of, questions_of
 from tinyalign.data.records import IMAGE_PLACEHOLDER, Sample, Turn, load_image, stable_id
 from tinyalign.data.sampling import Draw, draw_records
 from tinyalign.data.streams import Columns, Gathered, gather_rows
@@ -28,10 +29,12 @@ __all__ = [
     "Sample",
     "Scene",
     "Turn",
+    "answers_of",
     "draw_records",
     "encode_text",
     "gather_rows",
     "load_image",
+    "questions_of",
     "stable_id",
     "write_llava",
 ]

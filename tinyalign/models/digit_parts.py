@@ -28,6 +28,8 @@ from transformers import (
 
 from tinyalign._files import replace_directory
 from tinyalign.data.digits import CAPTION_PROMPT, COLOURS, IMAGE_SIZE, DigitScenes, caption_of, question_of
+from tinyalign.models.descent import Descent, descend
+from tinyalign.models.word_parts import padded
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
 _FILLER = (
@@ -207,13 +209,7 @@ def _texts(
         encoded.append(
             (tokenizer.convert_tokens_to_ids(prompt.split()), tokenizer.convert_tokens_to_ids(f"{answer} </s>".split()))
         )
-    width = max(len(prompt) + len(answer) for prompt, answer in encoded)
-    ids, labels = torch.zeros(rows, width, dtype=torch.long), torch.full((rows, width), -100)
-    for row, (asking, answering) in enumerate(encoded):
-        stop = len(asking) + len(answering)
-        ids[row, :stop] = torch.tensor(asking + answering)
-        labels[row, len(asking) : stop] = torch.tensor(answering)
-    return ids, labels
+    return padded(encoded)
 
 
 def _train_language_model(recipe: DigitRecipe, tokenizer: Any, track: Track) -> LlamaForCausalLM:
@@ -243,7 +239,7 @@ def _train_language_model(recipe: DigitRecipe, tokenizer: Any, track: Track) -> 
         return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
 
     label = "language model, on text only"
-    _descend(loss_of, model.parameters(), rate=3e-3, steps=recipe.language_steps, label=label, track=track)
+    _train(loss_of, model.parameters(), recipe.language_steps, 3e-3, label, track)
     return model.eval()
 
 
@@ -295,7 +291,7 @@ def _train_tower(recipe: DigitRecipe, tokenizer: Any, track: Track) -> SiglipVis
 
     weights = [*tower.parameters(), *captions.parameters(), log_scale]
     label = "vision tower, on images and captions"
-    _descend(loss_of, weights, rate=2e-3, steps=recipe.tower_steps, label=label, track=track)
+    _train(loss_of, weights, recipe.tower_steps, 2e-3, label, track)
     return tower.eval()
 
 
@@ -313,28 +309,14 @@ def _distort(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels + 1.0, grid, align_corners=False) - 1.0  # what comes in from outside is black
 
 
-def _descend(
-    loss_of: Callable[[int], Tensor],
-    weights: Iterable[nn.Parameter],
-    *,
-    rate: float,
-    steps: int,
-    label: str,
-    track: Track,
+def _train(
+    loss_of: Callable[[int], Tensor], weights: Iterable[Tensor], steps: int, rate: float, label: str, track: Track
 ) -> None:
-    """Run AdamW under a one-cycle rate."""
-    weights = list(weights)
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.12)
-    for step in track(range(steps), label):
-        loss = loss_of(step)
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"load_digit_parts: the loss of the {label} must stay finite, got {loss.item()} at step {step}. "
-                f"Use another seed in the recipe."
-            )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+    descend(
+        loss_of,
+        weights,
+        Descent(steps, rate, warmup=0.12, weight_decay=0.02, to_zero=True),
+        where=f"load_digit_parts ({label})",
+        advice="Use another seed in the recipe.",
+        track=lambda numbers: track(numbers, label),
+    )

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyalign._checks import check_positive
+from tinyalign.models.descent import Descent, descend
 from tinyalign.models.frozen import FoundNeighbours, FrozenSamples
 from tinyalign.models.sample_encoder import SampleEncoder, caption_of
 from tinyalign.models.vlm import TinyAlignVLM
 from tinyalign.perceiver import PerceiverPretrainer
 
 Track = Callable[[Iterable[int]], Iterable[int]]
-CLIP = 1.0
 
 
 class FrozenScores(NamedTuple):
@@ -88,7 +88,7 @@ def fit_frozen(
 
     model.train()
     try:
-        return _descend("fit_frozen", loss_of, model, steps=steps, rate=rate, track=track)
+        return descend(loss_of, model.parameters(), Descent(steps, rate), where="fit_frozen", track=track)
     finally:
         model.eval()
 
@@ -147,7 +147,6 @@ def fit_compressor(
         ValueError: no steps.
         RuntimeError: the loss is no longer finite.
     """
-    check_positive("fit_compressor", "steps", steps)
     ids, mask = encode.tokens([caption_of(sample) for sample in part.samples])
     generator = torch.Generator().manual_seed(seed)
 
@@ -157,28 +156,6 @@ def fit_compressor(
         loss: Tensor = pretrainer(features, ids[rows], text_mask=mask[rows], generator=generator).loss
         return loss
 
-    curve = _descend("fit_compressor", loss_of, pretrainer, steps=steps, rate=rate, track=track)
+    curve = descend(loss_of, pretrainer.parameters(), Descent(steps, rate), where="fit_compressor", track=track)
     pretrainer.compressor.requires_grad_(False).eval()
-    return curve
-
-
-def _descend(
-    where: str, loss_of: Callable[[int], Tensor], module: nn.Module, *, steps: int, rate: float, track: Track | None
-) -> list[float]:
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.05)
-    curve: list[float] = []
-    for step in range(steps) if track is None else track(range(steps)):
-        loss = loss_of(step)
-        curve.append(loss.item())
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"{where}: the loss must stay finite, got {curve[-1]} at step {step}. Lower the learning rate."
-            )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        schedule.step()
     return curve
