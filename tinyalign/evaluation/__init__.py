@@ -1,4 +1,4 @@
-"""Asking a trained model benchmark questions, arm by arm, and what it was given to answer them.
+"""Asking a trained model benchmark questions, arm by arm; and what studies of many runs share.
 
 Names are imported on first use: lmms-eval reads `tinyalign.evaluation.manifest` at its own start, without torch.
 """
@@ -11,18 +11,41 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tinyalign.evaluation.asking import Answer, Asker, Question
     from tinyalign.evaluation.local_tasks import local_task
+    from tinyalign.evaluation.plots import ArmRow, page_figure, plot_arms
     from tinyalign.evaluation.scores import exact_match, yes_no_scores
+    from tinyalign.evaluation.studies import KeptRuns, over_seeds, setting_name, write_csv
 
 _MODULE_OF = {
     "Answer": "asking",
+    "ArmRow": "plots",
     "Asker": "asking",
+    "KeptRuns": "studies",
     "Question": "asking",
     "exact_match": "scores",
     "local_task": "local_tasks",
+    "over_seeds": "studies",
+    "page_figure": "plots",
+    "plot_arms": "plots",
+    "setting_name": "studies",
+    "write_csv": "studies",
     "yes_no_scores": "scores",
 }
 
-__all__ = ["Answer", "Asker", "Question", "exact_match", "local_task", "yes_no_scores"]
+__all__ = [
+    "Answer",
+    "ArmRow",
+    "Asker",
+    "KeptRuns",
+    "Question",
+    "exact_match",
+    "local_task",
+    "over_seeds",
+    "page_figure",
+    "plot_arms",
+    "setting_name",
+    "write_csv",
+    "yes_no_scores",
+]
 
 
 def __getattr__(name: str) -> Any:
