@@ -193,3 +193,24 @@ def test_a_killed_refresh_goes_on_where_it_was(tmp_path):
     )
     assert seen == list(range(8, 20))
     assert bank.check(made_by(0.5), n=20).key_largest < 1e-6
+
+
+def test_what_a_refresh_of_an_earlier_generation_left_is_cleared_away(tmp_path, monkeypatch):
+    """Killed between publishing and cleaning up; the next one starts anew instead of serving what that one made."""
+    bank = bank_by(made_by(0.0))
+    bank.save(tmp_path / "bank")
+
+    def killed(self, work, timeout):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tinyalign.memory.shards.Share.finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bank.refresh(made_by(0.0, shift=1.0), part="values", progress=False)
+    (tmp_path / ".bank.refresh-1.of.mine").mkdir()
+    bank = MemoryBank.load(tmp_path / "bank")
+    assert bank.generation == 2  # it was published
+    assert sorted(e.name for e in tmp_path.iterdir()) == [".bank.refresh-1", ".bank.refresh-1.of.mine", "bank"]
+    assert bank.refresh(made_by(0.0, shift=2.0), part="values", progress=False) == 3
+    assert bank.check(made_by(0.0, shift=2.0), n=20).value_largest < 1e-3
+    assert sorted(e.name for e in tmp_path.iterdir()) == [".bank.refresh-1.of.mine", "bank"]

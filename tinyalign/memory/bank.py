@@ -342,8 +342,8 @@ class MemoryBank:
     ) -> int:
         """Encode all entries again into the next generation: ``keys``, ``values`` or ``both``; returns its number.
 
-        The fields of ``fingerprint`` replace the bank's. A killed refresh loses at most ``commit_every`` records and
-        goes on from there, unless ``resume`` is False. See ``check`` for ``encode`` and ``records``.
+        The fields of ``fingerprint`` replace the bank's. A killed refresh of this generation loses at most
+        ``commit_every`` records and is continued, unless ``resume`` is False. See ``check`` for ``encode``.
         """
         where = "MemoryBank.refresh"
         home = self._saved(where)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from tinyalign.memory.errors import BankError
 from tinyalign.memory.fingerprint import Fingerprint
 from tinyalign.memory.rows import RowTable
 from tinyalign.memory.saving import Home, save_all
+from tinyalign.memory.shards import discard
 
 Encode = Callable[[list[Any]], EncodedBatch]
 Records = Mapping[int, Any] | Callable[[int], Any] | None
@@ -151,7 +154,7 @@ def refresh_bank(
     if part == "values":
         options = options._replace(metric="ip", transform=None)  # the keys are placeholders
     plan: Fingerprint = {**fingerprint, "build.refresh": part, "build.from": contents.content_hash()}
-    work = home.directory.parent / f".{home.directory.name}.refresh"
+    work = _workplace(home.directory, home.manifest.generation)
     entries = _EntryRecords(contents, records)
     encode_all(
         entries,
@@ -165,6 +168,19 @@ def refresh_bank(
         progress=progress,
         where=where,
     )
+
+
+def _workplace(directory: Path, generation: int) -> Path:
+    """Return where the refresh of a generation keeps finished entries, and delete what refreshes of others left.
+
+    Those were killed after publishing, or overtaken by another change: nothing can come of them any more.
+    """
+    ours = re.compile(rf"\.{re.escape(directory.name)}\.refresh-(\d+)")
+    for other in directory.parent.iterdir():
+        found = ours.fullmatch(other.name)
+        if found and int(found[1]) != generation:
+            discard(other)
+    return directory.with_name(f".{directory.name}.refresh-{generation}")
 
 
 class _Patchwork:

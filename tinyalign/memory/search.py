@@ -143,8 +143,9 @@ def _exact_scores(queries: Tensor, table: RowTable, rows: Tensor) -> Tensor:
     scores = torch.empty(count, candidates)
     for at in range(0, count, step):
         some = rows[at : at + step]
-        keys = table.gather(some.reshape(-1), "keys").reshape(*some.shape, width).to(torch.float64)
-        scores[at : at + step] = (keys * queries[at : at + step, None].to(torch.float64)).sum(-1)
+        keys = table.gather(some.reshape(-1), "keys").reshape(*some.shape, width)
+        keys = keys.to(torch.float32).to(torch.float64)  # by way of fp32, 16 bits are converted in vectors
+        scores[at : at + step] = keys.mul_(queries[at : at + step, None].to(torch.float64)).sum(-1)
     return scores
 
 
