@@ -65,3 +65,16 @@ def test_refuses_sizes_that_are_no_sizes(sizes):
 def test_names_the_width_it_was_given():
     with pytest.raises(ValueError, match=r"last size 6, got \(2, 5\)"):
         MLPConnector(6, 8)(torch.zeros(2, 5))
+
+
+def test_two_layers_unless_told_otherwise():
+    """The paper's connector, and LLaVA's `mlp2x_gelu`."""
+    assert len([layer for layer in MLPConnector(6, 8).layers if isinstance(layer, nn.Linear)]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_take_the_dtype_of_the_weights(dtype):
+    connector, features = MLPConnector(6, 8), torch.randn(2, 6).to(dtype)
+    assert torch.equal(connector(features), connector(features.float()))
+    with pytest.raises(TypeError, match=r"MLPConnector.forward: features must be floating point, got torch.uint8"):
+        connector(torch.zeros(2, 6, dtype=torch.uint8))

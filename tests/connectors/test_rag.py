@@ -140,3 +140,16 @@ def test_the_gate_weighs_what_the_pool_reads():
     weight = (2 / (1 + torch.exp(-(1.5 * scores[0] - 0.5)))).repeat_interleave(2)
     expected = connector.mlp(attention @ (pool.value(normed) * weight[:, None]))
     torch.testing.assert_close(connector(latents, None, scores).tokens[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_tokens": 2}, {"num_tokens": 2, "gate": True, "num_ranks": 3}], ids=str)
+def test_autocast_changes_the_precision_only(arguments):
+    """The learned queries are float32 parameters, and what they read is not."""
+    connector = RAGConnector(6, 8, **arguments)
+    latents, mask = torch.randn(2, 3, 4, 6), torch.tensor([[True, True, False], [False, True, True]])
+    expected = connector(latents, mask, torch.ones(2, 3)).tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = connector(latents, mask, torch.ones(2, 3)).tokens
+    assert (got.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    got.float().square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in connector.parameters())

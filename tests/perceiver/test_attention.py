@@ -80,6 +80,34 @@ def test_the_reference_rounds_once(dtype):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast_takes_its_dtype_once(backend):
+    """Learned queries are float32 where projected keys are bfloat16; the reference stays exact inside all the same."""
+    q, k, v = (torch.randn(1, 1, 40, 16) * 2 for _ in range(3))
+    exact = attend(*(tensor.bfloat16() for tensor in (q, k, v)), backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attend(q, k.bfloat16(), v, backend=backend)
+        assert torch.equal(attend(q, k, v, backend="reference"), exact)
+        wide = attend(q.double(), k.double(), v.double(), backend=backend)  # torch's autocast leaves these alone too
+        assert wide.dtype == torch.float64
+        with pytest.raises(TypeError, match=r"got torch.int64, torch.int64, torch.int64"):
+            attend(q.long(), k.long(), v.long(), backend=backend)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - exact.float()).abs().max() < 6e-2
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("keys", [0, 3])
+def test_nothing_to_do_needs_no_kernel(monkeypatch, batch, keys):
+    """A CUDA kernel cannot be launched over no rows at all."""
+    spy = Spy("reference")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"reference": spy})
+    k = torch.randn(batch, 2, keys, 4)
+    got = attend(torch.randn(1, 2, 5, 4), k, k, keep=torch.ones(batch, keys, dtype=torch.bool))
+    assert got.shape == (batch, 2, 5, 4)
+    assert spy.calls == int(batch > 0 and keys > 0)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_gradients_are_right_and_finite_in_a_fully_masked_row(backend):
     q, k, v = (torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     keep = torch.tensor([[True, False, True], [False, False, False]])
@@ -241,8 +269,8 @@ def test_the_real_xformers_backend_declines_on_the_cpu_without_an_import():
 def test_a_failed_trial_call_becomes_the_reason_and_is_made_once(monkeypatch, error, reason):
     backend, calls = Xformers(), []
 
-    def trial(dtype, mask):
-        calls.append((dtype, mask))
+    def trial(spec):
+        calls.append(spec)
         raise error
 
     monkeypatch.setattr(backend, "_trial_call", trial)
@@ -250,12 +278,14 @@ def test_a_failed_trial_call_becomes_the_reason_and_is_made_once(monkeypatch, er
     for _ in range(3):
         (said,) = backend.reasons_against(spec)
         assert reason in said
-    assert calls == [(torch.float16, "dense")]
+    assert calls == [spec]
     assert backend.reasons_against(spec._replace(dtype=torch.float64)) == ("it does not take torch.float64",)
     assert backend.reasons_against(spec._replace(value_dim=12)) == (
         "head widths must be multiples of 8 in torch.float16, got 16 and 12",
     )
-    assert calls == [(torch.float16, "dense")]
+    assert calls == [spec]
+    backend.reasons_against(spec._replace(head_dim=256))  # a width of its own may meet a kernel of its own
+    assert calls == [spec, spec._replace(head_dim=256)]
 
 
 def test_xformers_gets_its_own_layout_and_an_aligned_full_bias(monkeypatch):
@@ -300,7 +330,7 @@ def test_wrong_tensors_are_refused():
     q = torch.randn(2, 2, 3, 4)
     with pytest.raises(ValueError, match=r"k must have four axes .* got shape \(2, 3, 4\)"):
         attend(q, q[:, 0], q)
-    with pytest.raises(TypeError, match=r"share a dtype, got torch.float32, torch.float16, torch.float32"):
+    with pytest.raises(TypeError, match=r"share a floating dtype, got torch.float32, torch.float16, torch.float32"):
         attend(q, q.half(), q)
     with pytest.raises(ValueError, match=r"q and k heads and width, got .*\(2, 2, 3, 5\)"):
         attend(q, torch.randn(2, 2, 3, 5), q)

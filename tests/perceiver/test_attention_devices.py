@@ -26,6 +26,7 @@ class Here(TorchFunctionMode):
 @pytest.fixture
 def claims_cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def library(monkeypatch):
             return torch.block_diag(*(torch.ones(m, n) for m, n in zip(q_lengths, k_lengths, strict=True))).bool()
 
     def memory_efficient_attention(q, k, v, attn_bias=None, scale=None):
-        calls.append((tuple(q.shape), q.dtype, None if attn_bias is None else attn_bias.dtype, scale))
+        calls.append((tuple(q.shape), tuple(v.shape), q.dtype, None if attn_bias is None else attn_bias.dtype, scale))
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_bias, scale=scale
         )
@@ -57,16 +58,56 @@ def library(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["none", "dense", "packed"])
-def test_the_trial_call_is_one_real_call_of_16_tokens_waited_for(monkeypatch, library, dtype, mask):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(library)))
-    backend, spec = Xformers(), AttentionSpec("cuda", dtype, 16, 16, mask)
-    with Here():
+def test_the_trial_call_is_one_real_call_there_and_back_waited_for(monkeypatch, library, dtype, mask):
+    waited, back = [], []
+    run = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, **how: back.append(self.grad_fn) or run(self, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append((len(library), bool(back))))
+    backend, spec = Xformers(), AttentionSpec("cuda", dtype, 16, 24, mask)
+    with Here(), torch.inference_mode():  # a search may be the first to ask, and training needs more
         assert backend.reasons_against(spec) == ()
         assert backend.reasons_against(spec) == ()
     bias = {"none": None, "dense": dtype, "packed": torch.bool}[mask]
-    assert library == [((1, 16, 1, 16), dtype, bias, 0.25)]
-    assert waited == [1]
+    rows = (1, 16, 1) if mask == "packed" else (2, 8, 1)
+    assert library == [((*rows, 16), (*rows, 24), dtype, bias, 0.25)]
+    assert waited == [(1, True)]
+    assert back[0] is not None
+
+
+def test_a_kernel_that_cannot_train_is_no_kernel(monkeypatch, library):
+    """xformers chooses the kernel of the backward pass while it runs the forward one, and may find none."""
+
+    class NoWayBack(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q):
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError("no operator found\nfor backward")
+
+    ops = sys.modules["xformers.ops"]
+    monkeypatch.setattr(ops, "memory_efficient_attention", lambda q, k, v, **_: NoWayBack.apply(q))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with Here():
+        reasons = Xformers().reasons_against(AttentionSpec("cuda", torch.float32, 16, 16, "none"))
+    assert reasons == ("a trial call failed (NotImplementedError: no operator found for backward)",)
+
+
+def test_no_trial_is_made_while_a_graph_is_captured(monkeypatch, library):
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    backend, spec = Xformers(), AttentionSpec("cuda", torch.float16, 16, 16, "none")
+    with Here():
+        assert backend.reasons_against(spec) == ("no trial call was made before this CUDA graph's capture",)
+        assert library == []
+        capturing[0] = False
+        assert backend.reasons_against(spec) == ()
+        capturing[0] = True
+        assert backend.reasons_against(spec) == ()
+    assert len(library) == 1
 
 
 def test_what_runs_on_cuda_is_xformers_once_its_trial_succeeds(monkeypatch, library):
@@ -83,7 +124,7 @@ def test_what_runs_on_cuda_is_xformers_once_its_trial_succeeds(monkeypatch, libr
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.float16, 8), (torch.bfloat16, 8)])
 def test_xformers_wants_widths_of_its_multiple(monkeypatch, dtype, multiple):
     backend = Xformers()
-    monkeypatch.setattr(backend, "_trial_call", lambda dtype, mask: None)
+    monkeypatch.setattr(backend, "_trial_call", lambda spec: None)
     for width in range(1, 20):
         spec = AttentionSpec("cuda", dtype, width, 16, "none")
         for one in (spec, spec._replace(head_dim=16, value_dim=width)):
@@ -132,11 +173,15 @@ def test_a_masked_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cud
         (torch.float32, (16, 16), False),
         (torch.float16, (12, 12), False),
         (torch.float16, (16, 24), False),
+        (torch.float16, (256, 256), True),
+        (torch.float16, (264, 264), False),
     ],
 )
-def test_torch_s_varlen_kernel_gets_what_it_takes(claims_cuda, dtype, widths, takes):
+def test_torch_s_varlen_kernel_gets_what_it_takes(monkeypatch, claims_cuda, dtype, widths, takes):
     q, v = (torch.zeros(1, 1, 1, width, dtype=dtype) for width in widths)
     assert backends._varlen_takes(q, v) == takes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4 has no flash kernel
+    assert not backends._varlen_takes(q, v)
 
 
 def test_varlen_stays_on_cuda():
@@ -153,6 +198,11 @@ def test_ragged_captions_on_cuda_go_packed_and_others_do_not(monkeypatch, claims
     mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
     value = compressor(image, text, None, mask)
     assert "packed" in {spec.mask for spec in attention_report().ran}
+    dispatch._last_run.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # lengths cannot be learned here
+    torch.testing.assert_close(compressor(image, text, None, mask), value)
+    assert "packed" not in {spec.mask for spec in attention_report().ran}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._last_run.clear()
     torch.testing.assert_close(compressor(image[:1], text[:1]), value[:1])
     assert "packed" not in {spec.mask for spec in attention_report().ran}

@@ -323,3 +323,35 @@ def test_the_config_names_every_argument_of_the_constructor():
         "seed": 3,
         "dtype": "bfloat16",
     }
+
+
+@pytest.mark.parametrize("fusion", ["balanced", "joint"])
+@pytest.mark.parametrize("text_dim", [None, 10])
+def test_autocast_changes_the_precision_only(fusion, text_dim):
+    compressor = PerceiverCompressor(12, vocab_size=40, text_dim=text_dim, sizes=SIZES, fusion=fusion)
+    image = torch.randn(3, 7, 12)
+    text = torch.randint(0, 40, (3, 5)) if text_dim is None else torch.randn(3, 5, text_dim)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    expected = compressor(image, text, None, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = compressor(image, text, None, mask)
+    assert (got.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    got.float().square().sum().backward()
+
+
+def test_ids_may_be_any_integers_and_a_mask_is_none():
+    compressor = PerceiverCompressor(12, vocab_size=40, sizes=SIZES)
+    image, ids = torch.randn(2, 7, 12), torch.randint(0, 40, (2, 5))
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(compressor(image, ids.to(kind)), compressor(image, ids))
+    with pytest.raises(ValueError, match=r"text must be token ids of shape \(B, T\), got torch.bool of shape \(2, 5\)"):
+        compressor(image, ids.bool())
+
+
+def test_the_scale_is_not_fitted_under_a_mask_that_does_not_fit():
+    compressor, image = PerceiverCompressor(12, vocab_size=40, sizes=SIZES), torch.randn(2, 7, 12)
+    with pytest.raises(ValueError, match=r"fit_image_scale: image_mask must have shape \(2, 7\), got \(2, 6\)"):
+        compressor.fit_image_scale(image, torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"fit_image_scale: image_mask must be boolean .* got torch.int64"):
+        compressor.fit_image_scale(image, torch.ones(2, 7, dtype=torch.long))
+    assert not compressor.image_scale_is_fitted

@@ -217,6 +217,8 @@ def test_autocast_decides_the_dtype_that_is_padded_for():
     assert layers.compute_dtype(tensor) == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layers.compute_dtype(tensor) == torch.bfloat16
+        for kept in (torch.float64, torch.int64):  # what torch's autocast leaves alone
+            assert layers.compute_dtype(tensor.to(kept)) == kept
 
 
 def test_keys_of_another_number_are_refused():

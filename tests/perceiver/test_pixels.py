@@ -122,6 +122,11 @@ def test_text_of_any_kind_folds():
     with torch.no_grad():
         torch.testing.assert_close(folded(image), pixels(image))
         torch.testing.assert_close(folded(image, ids), pixels(image, ids))
+        for kind in (torch.uint8, torch.int32):
+            torch.testing.assert_close(folded(image, ids.to(kind)), pixels(image, ids.to(kind)))
+        for kept in (None, mask[:, :0]):  # captions of no length are no captions
+            torch.testing.assert_close(folded(image, ids[:, :0], kept), pixels(image))
+            torch.testing.assert_close(pixels(image, ids[:, :0], kept), pixels(image))
         empty = torch.zeros_like(mask)
         torch.testing.assert_close(folded(image, ids - 100, empty), pixels(image))
         torch.testing.assert_close(pixels(image, ids - 100, empty), pixels(image))
@@ -135,6 +140,28 @@ def test_half_precision_images_run():
         for dtype in (torch.float16, torch.bfloat16):
             assert (pixels(image.to(dtype)) - expected).abs().max() < 1e-3
             assert (FoldedPixelPerceiver(pixels)(image.to(dtype)) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_run(dtype):
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=1), image_size=4)
+    image = torch.rand(2, 3, 4, 4)
+    expected = FoldedPixelPerceiver(pixels)(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (FoldedPixelPerceiver(pixels)(image) - expected).abs().max() < 4e-3
+    folded_first = FoldedPixelPerceiver(pixels).to(dtype)  # which turns what they share
+    for folded in (folded_first, FoldedPixelPerceiver(pixels.to(dtype))):
+        value = folded(image)
+        assert value.dtype == dtype
+        assert (value.float() - expected).abs().max() < (1e-3 if dtype == torch.float16 else 8e-3)
+
+
+def test_the_sums_over_all_places_fit_whatever_the_dtype():
+    """66,049 places: float16 ends at 65,504."""
+    pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=1, num_self_attends=0), image_size=257, vocab_size=9)
+    folded, image = FoldedPixelPerceiver(pixels, chunk=20000), torch.rand(1, 3, 257, 257)
+    expected = folded(image)
+    assert (folded.half()(image) - expected).abs().max() < 1e-3
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
@@ -170,8 +197,20 @@ def test_what_does_not_fit_is_refused():
     for form in (pixels, folded):
         with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, 4, 4\), got \(1, 3, 5, 4\)"):
             form(torch.zeros(1, 3, 5, 4))
-        with pytest.raises(ValueError, match=r"with T at most 5, got \(1, 6\). Truncate"):
+        with pytest.raises(ValueError, match=r"with T at most 5, got torch.int64 of shape \(1, 6\). Truncate"):
             form(torch.zeros(1, 3, 4, 4), torch.zeros(1, 6, dtype=torch.long))
+        for stray in (torch.bool, torch.float32):
+            with pytest.raises(ValueError, match=f"text must be token ids .* got {stray} of shape"):
+                form(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, dtype=stray))
+        for images, captions in ((2, 1), (1, 2)):
+            with pytest.raises(ValueError, match=rf"batch of pixel_values, got \({captions}, 3\) and {images} images"):
+                form(torch.zeros(images, 3, 4, 4), torch.zeros(captions, 3, dtype=torch.long))
+        with pytest.raises(TypeError, match=r"pixel_values must be floating point, got torch.uint8"):
+            form(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="PixelPerceiver: image_size must be an integer of at least 1, got 0"):
+        PixelPerceiver(image_size=0)
+    with pytest.raises(TypeError, match="captions must be a sequence of texts, got 'abc'"):
+        caption_bytes("abc")
     with pytest.raises(ValueError, match=r"mask must have shape \(1, 3\), got \(1, 2\)"):
         CaptionTokens(9, 5)(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"CaptionTokens.forward: .* ids from 0 to 8, got 9 at row 0, place 1"):

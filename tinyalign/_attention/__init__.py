@@ -5,6 +5,7 @@ It lies below the packages that use it, since these never import each other. `ti
 
 from __future__ import annotations
 
+from tinyalign._attention.backends import compute_dtype, without_autocast
 from tinyalign._attention.dispatch import (
     AttentionBackendError,
     AttentionReport,
@@ -22,7 +23,9 @@ __all__ = [
     "attend",
     "attend_packed",
     "attention_report",
+    "compute_dtype",
     "pack",
     "unpack",
     "use_attention_backend",
+    "without_autocast",
 ]

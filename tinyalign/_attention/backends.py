@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -64,10 +64,11 @@ class Reference:
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """In float32 at least, whatever the dtype of the inputs: the result is rounded once."""
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
-        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-        if keep is not None:
-            scores = scores.masked_fill(~keep, float("-inf"))
-        return (scores.softmax(dim=-1) @ v.to(wide)).to(v.dtype)
+        with without_autocast(q):
+            scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+            if keep is not None:
+                scores = scores.masked_fill(~keep, float("-inf"))
+            return (scores.softmax(dim=-1) @ v.to(wide)).to(v.dtype)
 
     def run_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, scale: float) -> Tensor:
         """Through the padded form."""
@@ -112,14 +113,14 @@ class Sdpa:
 class Xformers:
     """`xformers.ops.memory_efficient_attention` on CUDA (the extra ``[xformers]``).
 
-    Installed does not mean runnable: the wheel may be built for another CUDA. One real call per device and dtype
-    decides, and its error is the reason given.
+    Installed does not mean runnable: the wheel may be built for another CUDA. One real call there and back, for each
+    dtype, kind of mask and pair of widths, decides, and its error is the reason given.
     """
 
     name = "xformers"
 
     def __init__(self) -> None:
-        self._probed: dict[tuple[torch.dtype, str], str] = {}
+        self._probed: dict[AttentionSpec, str] = {}
 
     def reasons_against(self, spec: AttentionSpec) -> tuple[str, ...]:
         """Static reasons first; xformers is imported only when none holds, so never for CPU tensors."""
@@ -137,10 +138,11 @@ class Xformers:
             reasons.append("torch.compile does not trace it")
         if reasons:
             return tuple(reasons)
-        key = (spec.dtype, spec.mask)
-        if key not in self._probed:
-            self._probed[key] = self._probe(*key)
-        return (self._probed[key],) if self._probed[key] else ()
+        if spec not in self._probed:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a trial's wait would end it
+                return ("no trial call was made before this CUDA graph's capture",)
+            self._probed[spec] = self._probe(spec)
+        return (self._probed[spec],) if self._probed[spec] else ()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """Tokens before heads, and the mask as an additive bias of the full shape, as the library wants them."""
@@ -163,10 +165,11 @@ class Xformers:
         out: Tensor = ops.memory_efficient_attention(rows, k[None], v[None], attn_bias=bias, scale=scale)
         return out.view(batch, count, heads, -1).transpose(1, 2)
 
-    def _probe(self, dtype: torch.dtype, mask: str) -> str:
+    def _probe(self, spec: AttentionSpec) -> str:
         """The error of a trial call in words, or an empty string."""
         try:
-            self._trial_call(dtype, mask)
+            with torch.inference_mode(False), torch.enable_grad():
+                self._trial_call(spec)
         except ImportError as error:
             return f"it is not installed or does not load ({error}); pip install 'tinyalign-vlm[xformers]'"
         except AttributeError as error:
@@ -175,16 +178,19 @@ class Xformers:
             return f"a trial call failed ({type(error).__name__}: {' '.join(str(error).split())})"
         return ""
 
-    def _trial_call(self, dtype: torch.dtype, mask: str) -> None:
-        """One call over 16 tokens, waited for."""
-        q = torch.zeros(1, 1, 16, 16, dtype=dtype, device="cuda")
-        keep = torch.ones(1, 16, dtype=torch.bool, device="cuda")
-        if mask == "packed":
-            starts = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
-            flat = q[0].transpose(0, 1)
-            self.run_packed(q, flat, flat, PackedTokens(flat, keep, starts, [16], ~keep.any(1)), 0.25)
+    def _trial_call(self, spec: AttentionSpec) -> None:
+        """One call over two rows of 8 tokens and its backward, waited for: training picks a kernel of its own."""
+        q = torch.zeros(2, 1, 8, spec.head_dim, dtype=spec.dtype, device="cuda", requires_grad=True)
+        v = torch.zeros(2, 1, 8, spec.value_dim, dtype=spec.dtype, device="cuda", requires_grad=True)
+        keep = torch.ones(2, 8, dtype=torch.bool, device="cuda")
+        if spec.mask == "packed":
+            starts = torch.tensor([0, 8, 16], dtype=torch.int32, device="cuda")
+            flat_k, flat_v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, v))
+            packed = PackedTokens(flat_k, keep, starts, [8, 8], ~keep.any(1))
+            out = self.run_packed(q, flat_k, flat_v, packed, 0.25)
         else:
-            self.run(q, q, q, keep[:, None, None] if mask == "dense" else None, 0.25)
+            out = self.run(q, q, v, keep[:, None, None] if spec.mask == "dense" else None, 0.25)
+        out.sum().backward()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
@@ -213,8 +219,28 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 def _varlen_takes(q: Tensor, v: Tensor) -> bool:
+    """What torch's flash kernels ask for: 16 bit, equal widths, a multiple of 8 up to 256, and an Ampere or newer."""
     width = q.shape[3]
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and width == v.shape[-1] and width % 8 == 0
+    fits = width == v.shape[-1] and width % 8 == 0 and width <= 256
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype a matrix product of this tensor runs in, autocast considered."""
+    if tensor.is_floating_point() and tensor.dtype != torch.float64 and _autocasts(tensor):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which operations on this tensor keep the dtype they are given."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:

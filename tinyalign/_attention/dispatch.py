@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tinyalign._attention.backends import AttentionSpec, Backend, Reference, Sdpa, Xformers
+from tinyalign._attention.backends import AttentionSpec, Backend, Reference, Sdpa, Xformers, compute_dtype
 from tinyalign._attention.packing import PackedTokens
 
 ENVIRONMENT_VARIABLE = "TINYALIGN_ATTENTION_BACKEND"
@@ -125,7 +125,8 @@ def attend(
 
     Who decides: the argument, then `use_attention_backend`, then the environment variable
     ``TINYALIGN_ATTENTION_BACKEND``, then "auto". "auto" falls back silently; a backend asked for by name that cannot
-    run the call raises with every reason. A query that may look at no key gives zeros, never NaN.
+    run the call raises with every reason. A query that may look at no key gives zeros, never NaN. Under autocast q, k
+    and v take its dtype. Keys and values must be finite where the mask hides them too: zero times NaN is NaN.
 
     Args:
         q: queries.
@@ -141,7 +142,7 @@ def attend(
 
     Raises:
         ValueError: shapes that do not fit together.
-        TypeError: tensors of different dtype, or a mask that is not boolean.
+        TypeError: tensors of different dtype or of integers, or a mask that is not boolean.
         AttentionBackendError: the backend asked for cannot run this call.
 
     Example:
@@ -151,10 +152,11 @@ def attend(
         >>> attend(q, k, v, keep=torch.tensor([[True, True, False]])).item()
         2.0
     """
+    q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))  # autocast treats attention as a product
     _check(q, k, v, keep)
     if q.shape[0] != k.shape[0]:
         q = q.expand(k.shape[0], -1, -1, -1)
-    if k.shape[2] == 0:
+    if q.shape[0] == 0 or k.shape[2] == 0:  # no rows or no keys: some kernels cannot be launched over nothing
         return v.new_zeros(*q.shape[:3], v.shape[3])
     some = None
     if keep is not None:
@@ -252,9 +254,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
                 f"attend: {name} must have four axes (batch, heads, tokens, width), got shape {tuple(tensor.shape)}. "
                 "Split the heads first."
             )
-    if q.dtype != k.dtype or k.dtype != v.dtype:
+    if q.dtype != k.dtype or k.dtype != v.dtype or not q.is_floating_point():
         raise TypeError(
-            f"attend: q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}. Cast them to one."
+            f"attend: q, k and v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}. Cast them to one."
         )
     if k.shape[:3] != v.shape[:3] or q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(

@@ -26,10 +26,12 @@ class MLPConnector(nn.Module):
         dtype: of the weights.
 
     Shape:
-        features: (..., input_dim), float. returns: (..., output_dim), same leading sizes and dtype of the weights.
+        features: (..., input_dim), float of any precision. returns: (..., output_dim), same leading sizes and dtype of
+        the weights.
 
     Raises:
         ValueError: `features` ends in another width, or a size is not a positive integer.
+        TypeError: `features` are integers.
 
     Source:
         Liu et al. 2023, arXiv 2310.03744, section 3.3 (``mlp2x_gelu``); TinyAlign, section 5.1.
@@ -70,7 +72,12 @@ class MLPConnector(nn.Module):
                 f"MLPConnector.forward: features must have last size {self.input_dim}, got {tuple(features.shape)}. "
                 f"Build the connector with the width of the tower (or of the latents) that feeds it."
             )
-        return self.layers(features)  # type: ignore[no-any-return]
+        if not features.is_floating_point():
+            raise TypeError(
+                f"MLPConnector.forward: features must be floating point, got {features.dtype}. Pass what the tower "
+                "returns, not pixels or ids."
+            )
+        return self.layers(features.to(self.weight_dtype))  # type: ignore[no-any-return]
 
     @classmethod
     def from_llava_state_dict(cls, state_dict: Mapping[str, Tensor]) -> MLPConnector:

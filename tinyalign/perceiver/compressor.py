@@ -16,7 +16,7 @@ from tinyalign._checks import check_last_dim, check_mask, check_positive
 from tinyalign._files import hash_tensors
 from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
-from tinyalign.perceiver.ids import check_ids, may_look
+from tinyalign.perceiver.ids import are_ids, check_ids, may_look
 from tinyalign.perceiver.layers import PerceiverLayer
 from tinyalign.perceiver.positions import sinusoids
 from tinyalign.perceiver.weights import draw_linears, draw_normal
@@ -207,9 +207,11 @@ class PerceiverCompressor(nn.Module):
             tokens = torch.cat((image, words), dim=1)
             return self.encoder(tokens, _concatenate(image, image_mask, words, text_mask))  # type: ignore[no-any-return]
         seen = self.encoder.read(image, image_mask)
-        ragged = text_mask is not None and words.is_cuda and not torch.compiler.is_compiling()
+        # Packing waits for the device to learn the lengths, which a graph being traced or captured cannot.
+        ragged = text_mask is not None and words.is_cuda and may_look(words, training=False)
         heard = self.hear(words, text_mask, packed=ragged)
-        return self.encoder.refine(torch.lerp(seen, heard, _share_of_text(image, image_mask, words, text_mask)))
+        share = _share_of_text(image, image_mask, words, text_mask).to(seen.dtype)
+        return self.encoder.refine(torch.lerp(seen, heard, share))
 
     def hear(self, words: Tensor, text_mask: Tensor | None, *, packed: bool) -> Tensor:
         """The caption's own cross-attention, with the mask or, equally, over the kept tokens end to end."""
@@ -232,13 +234,14 @@ class PerceiverCompressor(nn.Module):
         Vision towers have channels hundreds of times larger than the rest. A few hundred patches are enough; the
         statistics are part of the weights. `PerceiverPretrainer` calls this on its first batch if nobody did before.
         """
-        check_last_dim(
-            "PerceiverCompressor.fit_image_scale", "image_features", image_features, self.image_dim, "(B, N, image_dim)"
-        )
+        where = "PerceiverCompressor.fit_image_scale"
+        check_last_dim(where, "image_features", image_features, self.image_dim, "(B, N, image_dim)")
+        if image_mask is not None:
+            check_mask(where, "image_mask", image_mask, (image_features.shape[0], image_features.shape[1]))
         patches = image_features.flatten(0, 1) if image_mask is None else image_features[image_mask]
         if patches.shape[0] < 2 or not bool(patches.isfinite().all()):
             raise ValueError(
-                "PerceiverCompressor.fit_image_scale: image_features must hold at least two kept patches, all finite, "
+                f"{where}: image_features must hold at least two kept patches, all finite, "
                 f"got {patches.shape[0]} of which {int(patches.isfinite().all(1).sum())} are finite. Pass features."
             )
         std, mean = torch.std_mean(patches.double(), dim=0)
@@ -260,7 +263,7 @@ class PerceiverCompressor(nn.Module):
         where = "PerceiverCompressor.forward"
         if self.text_dim is not None:
             check_last_dim(where, "text", text, self.text_dim, "(B, T, text_dim)")
-        elif text.dim() != 2 or text.is_floating_point():
+        elif not are_ids(text):
             raise ValueError(
                 f"{where}: text must be token ids of shape (B, T), got {text.dtype} of shape {tuple(text.shape)}. "
                 "Build the compressor with `text_dim=` to pass embeddings."
@@ -278,7 +281,7 @@ class PerceiverCompressor(nn.Module):
             text = text.masked_fill(~(text_mask if self.text_dim is None else text_mask.unsqueeze(2)), 0)
         if self.vocab_size is not None and may_look(text, training=self.training):
             check_ids(where, text, self.vocab_size)
-        words: Tensor = self.text_embedding(text if self.text_dim is None else text.to(weight.dtype))
+        words: Tensor = self.text_embedding(text.long() if self.text_dim is None else text.to(weight.dtype))
         return words + sinusoids(positions, self.sizes.token_dim).to(words.dtype)
 
     def fingerprint(self) -> str:

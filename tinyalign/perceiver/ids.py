@@ -19,6 +19,11 @@ def may_look(ids: Tensor, *, training: bool) -> bool:
     return ids.device.type == "cpu" or not training
 
 
+def are_ids(text: Tensor) -> bool:
+    """Whether this can be a batch of token ids: integers (a mask is none) with two axes."""
+    return text.dim() == 2 and text.dtype != torch.bool and not (text.is_floating_point() or text.is_complex())
+
+
 def check_ids(where: str, ids: Tensor, vocab_size: int, keep: Tensor | None = None) -> None:
     """Raise unless all kept ids lie inside the table; torch's own error names neither the id nor the table.
 
@@ -32,6 +37,7 @@ def check_ids(where: str, ids: Tensor, vocab_size: int, keep: Tensor | None = No
         ...
         ValueError: here: text must hold ids from 0 to 3, got 4 at row 0, place 1. Build it with vocab_size=...
     """
+    ids = ids.long()  # a uint8 cannot be compared with 30,522
     outside = (ids < 0) | (ids >= vocab_size)
     if keep is not None:
         outside = outside & keep

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyalign._attention import PackedTokens, attend, attend_packed
+from tinyalign._attention import PackedTokens, attend, attend_packed, compute_dtype
 
 
 class PerceiverLayer(nn.Module):
@@ -107,14 +107,6 @@ class PerceiverLayer(nn.Module):
     def _run_width(width: int, source: Tensor) -> int:
         """Head width to compute with: 16-bit CUDA kernels take multiples of eight only, and zero channels are free."""
         return padded_width(width, source.device.type, compute_dtype(source))
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype a matrix product of this tensor runs in, autocast considered."""
-    kind = tensor.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
 
 
 def padded_width(width: int, device: str, dtype: torch.dtype) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tinyalign._checks import check_mask
+from tinyalign._checks import check_mask, check_positive
 from tinyalign.perceiver import hf_weights
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
-from tinyalign.perceiver.ids import check_ids, may_look
+from tinyalign.perceiver.ids import are_ids, check_ids, may_look
 from tinyalign.perceiver.weights import draw_linears, draw_normal
 
 PIXEL_CHANNELS = 256
@@ -42,7 +42,8 @@ class PixelPerceiver(nn.Module):
         returns: (B, L, latent_dim).
 
     Raises:
-        ValueError: another image size, a caption longer than the table.
+        ValueError: another image size, a caption longer than the table, captions for another number of images.
+        TypeError: pixels that are integers.
 
     Source:
         Tran et al., "TinyAlign", Table 3; transformers' ``PerceiverModel`` with a ``PerceiverMultimodalPreprocessor``
@@ -69,6 +70,7 @@ class PixelPerceiver(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive("PixelPerceiver", "image_size", image_size)
         encoder = PerceiverEncoder(TOKEN_CHANNELS, device=device, dtype=dtype) if encoder is None else encoder
         if encoder.input_dim != TOKEN_CHANNELS:
             raise ValueError(
@@ -96,7 +98,7 @@ class PixelPerceiver(nn.Module):
 
     def forward(self, pixel_values: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Build all tokens and encode them."""
-        check_images("PixelPerceiver.forward", pixel_values, self.image_size)
+        check_inputs("PixelPerceiver.forward", pixel_values, text, self.image_size)
         tokens = self.pixel_tokens(pixel_values)
         mask = None
         if text is not None:
@@ -178,17 +180,17 @@ class CaptionTokens(nn.Module):
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens of every id."""
         longest = self.positions.shape[0]
-        if text.dim() != 2 or text.shape[1] > longest:
+        if not are_ids(text) or text.shape[1] > longest:
             raise ValueError(
                 f"CaptionTokens.forward: text must be token ids of shape (B, T) with T at most {longest}, got "
-                f"{tuple(text.shape)}. Truncate the captions."
+                f"{text.dtype} of shape {tuple(text.shape)}. Truncate the captions."
             )
         if mask is not None:
             check_mask("CaptionTokens.forward", "mask", mask, (text.shape[0], text.shape[1]))
             text = text.masked_fill(~mask, 0)
         if may_look(text, training=self.training):
             check_ids("CaptionTokens.forward", text, self.embedding.num_embeddings)
-        words = self.embedding(text) + self.positions[: text.shape[1]]
+        words = self.embedding(text.long()) + self.positions[: text.shape[1]]
         return torch.cat((words, self.padding.expand(*text.shape, -1)), dim=2)
 
 
@@ -204,6 +206,7 @@ def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tenso
 
     Raises:
         ValueError: `max_tokens` leaves no room for the two markers.
+        TypeError: one text in place of several.
 
     Source:
         transformers' ``PerceiverTokenizer``: six special ids, then the byte; [CLS] = 4 before, [SEP] = 5 after.
@@ -212,6 +215,8 @@ def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tenso
         >>> caption_bytes(["a", ""])[0].tolist()
         [[4, 103, 5], [4, 5, 0]]
     """
+    if isinstance(captions, str):
+        raise TypeError(f"caption_bytes: captions must be a sequence of texts, got {captions!r}. Put it in a list.")
     if max_tokens < 2:
         raise ValueError(f"caption_bytes: max_tokens must be at least 2, got {max_tokens}. The markers take two.")
     rows = [[4, *(byte + 6 for byte in text.encode()[: max_tokens - 2]), 5] for text in captions]
@@ -223,10 +228,19 @@ def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tenso
     return ids, mask
 
 
-def check_images(where: str, pixel_values: Tensor, image_size: int) -> None:
-    """Raise unless the images have three channels and the size that the positions were made for."""
+def check_inputs(where: str, pixel_values: Tensor, text: Tensor | None, image_size: int) -> None:
+    """Raise unless the images have three channels and the size of the positions, and a caption belongs to each."""
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, image_size, image_size):
         raise ValueError(
             f"{where}: pixel_values must have shape (B, 3, {image_size}, {image_size}), got "
             f"{tuple(pixel_values.shape)}. Resize the images: the positions were made for this size."
+        )
+    if not pixel_values.is_floating_point():
+        raise TypeError(
+            f"{where}: pixel_values must be floating point, got {pixel_values.dtype}. Normalise the images first."
+        )
+    if text is not None and text.shape[:1] != pixel_values.shape[:1]:
+        raise ValueError(
+            f"{where}: text must have the batch of pixel_values, got {tuple(text.shape)} and {pixel_values.shape[0]} "
+            "images. Pass one caption per image, masked where there is none."
         )

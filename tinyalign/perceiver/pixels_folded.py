@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyalign._attention import without_autocast
 from tinyalign.perceiver.layers import PerceiverLayer, split_heads
-from tinyalign.perceiver.pixels import PIXEL_CHANNELS, TOKEN_CHANNELS, PixelPerceiver, check_images
+from tinyalign.perceiver.pixels import PIXEL_CHANNELS, TOKEN_CHANNELS, PixelPerceiver, check_inputs
 
 
 class FoldedPixelPerceiver(nn.Module):
@@ -19,7 +20,8 @@ class FoldedPixelPerceiver(nn.Module):
     divides by the root of a variance quadratic in p, so keys and values are ``(constant_n + M p) / sigma + bias`` with
     M of three columns; the queries come from constant latents. What remains per image are three numbers per pixel,
     streamed in chunks with an online softmax. The constants replace the table of positions and take less room (192
-    numbers a place instead of 256). For inference only.
+    numbers a place instead of 256). For inference only. Everything up to the latents is computed in float32 at least:
+    the sums over 147,456 places overflow float16.
 
     Args:
         pixels: the encoder to fold. Its later layers and its caption side are shared; later changes of the other
@@ -31,7 +33,8 @@ class FoldedPixelPerceiver(nn.Module):
         returns: (B, L, latent_dim).
 
     Raises:
-        ValueError: another image size, a caption longer than the table.
+        ValueError: another image size, a caption longer than the table, captions for another number of images.
+        TypeError: pixels that are integers.
 
     Source:
         Derived here from the maths of Jaegle et al. 2021, arXiv 2103.03206; equal to it, see the tests.
@@ -70,28 +73,31 @@ class FoldedPixelPerceiver(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Stream the pixels, add the caption's tokens, then go on as the encoder does."""
-        check_images("FoldedPixelPerceiver.forward", pixel_values, self.image_size)
+        check_inputs("FoldedPixelPerceiver.forward", pixel_values, text, self.image_size)
         layer, batch = self.encoder.cross_attention, pixel_values.shape[0]
-        pixels = pixel_values.to(self.keys.dtype).flatten(2)  # (B, 3, places)
-        running = _Running.start(self.queries, layer.v_dim, batch)
-        for start in range(0, pixels.shape[2], self.chunk):
-            stop = min(start + self.chunk, pixels.shape[2])
-            running = running.add(self.queries, *self._keys_and_values(pixels[:, :, start:stop], start, stop), None)
-        if text is not None:
-            running = running.add(self.queries, *self._text_keys_and_values(self.caption(text, text_mask)), text_mask)
-        mixed = running.total / running.weight + self.value_bias
-        latents = self.encoder.refine(layer.absorb(self.encoder.latents.unsqueeze(0), mixed))
-        return latents
+        wide = _wide(self.queries)
+        queries, pixels = self.queries.to(wide), pixel_values.to(wide).flatten(2)  # pixels: (B, 3, places)
+        with without_autocast(pixels):
+            running = _Running.start(queries, layer.v_dim, batch)
+            for start in range(0, pixels.shape[2], self.chunk):
+                stop = min(start + self.chunk, pixels.shape[2])
+                running = running.add(queries, *self._keys_and_values(pixels[:, :, start:stop], start, stop), None)
+            if text is not None and text.shape[1]:
+                words = self.caption(text, text_mask).to(wide)
+                running = running.add(queries, *self._text_keys_and_values(words), text_mask)
+            mixed = (running.total / running.weight + self.value_bias).to(self.encoder.latents.dtype)
+        return self.encoder.refine(layer.absorb(self.encoder.latents.unsqueeze(0), mixed))
 
     def _keys_and_values(self, colours: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, n, channels) of the places from `start` to `stop`, without their biases."""
-        quadratic = (torch.matmul(self.colour_covariance, colours) * colours).sum(dim=1)
+        wide = colours.dtype
+        quadratic = (torch.matmul(self.colour_covariance.to(wide), colours) * colours).sum(dim=1)
         linear = (self.covariance[:, start:stop] * colours).sum(dim=1)
         variance = self.variance[start:stop] + linear + quadratic
         scale = torch.rsqrt(variance.clamp(min=0.0) + _epsilon(self.encoder.cross_attention)).unsqueeze(2)
         colours = colours.transpose(1, 2)
-        keys = torch.matmul(colours, self.colour_keys).add_(self.keys[start:stop]).mul_(scale)
-        values = torch.matmul(colours, self.colour_values).add_(self.values[start:stop]).mul_(scale)
+        keys = torch.matmul(colours, self.colour_keys.to(wide)).add_(self.keys[start:stop]).mul_(scale)
+        values = torch.matmul(colours, self.colour_values.to(wide)).add_(self.values[start:stop]).mul_(scale)
         return keys, values
 
     def _text_keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,6 +132,11 @@ class _Running(NamedTuple):
         )
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Float32, or float64 when the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _epsilon(layer: PerceiverLayer) -> float:
     return layer.input_norm.eps if layer.input_norm is not None else 0.0
 
@@ -137,26 +148,28 @@ def _folded_projections(layer: PerceiverLayer) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm = layer.input_norm
     assert norm is not None  # cross-attention has one
-    bias = layer.value.weight @ norm.bias + layer.value.bias
-    return layer.key.weight * norm.weight, layer.value.weight * norm.weight, bias
+    wide = _wide(norm.weight)
+    gain, key, value = (weight.to(wide) for weight in (norm.weight, layer.key.weight, layer.value.weight))
+    return key * gain, value * gain, value @ norm.bias.to(wide) + layer.value.bias.to(wide)
 
 
 def _fold(pixels: PixelPerceiver, chunk: int) -> dict[str, Tensor]:
     """Everything about the pixel tokens that no image changes."""
     layer = pixels.encoder.cross_attention
     key, value, value_bias = _folded_projections(layer)
-    colours = torch.zeros(TOKEN_CHANNELS, 3, device=key.device, dtype=key.dtype)
+    wide = key.dtype
+    colours = torch.zeros(TOKEN_CHANNELS, 3, device=key.device, dtype=wide)
     colours[:PIXEL_CHANNELS] = pixels.pixel_projection.weight
     colours -= colours.mean(dim=0)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, pixels.pixel_positions.shape[0], chunk):
         places = pixels.position_projection(pixels.pixel_positions[start : start + chunk])
         bias = pixels.pixel_projection.bias.expand(places.shape[0], -1)
-        constant = torch.cat((bias, places, pixels.pixel_padding.expand(places.shape[0], -1)), dim=1)
+        constant = torch.cat((bias, places, pixels.pixel_padding.expand(places.shape[0], -1)), dim=1).to(wide)
         constant = constant - constant.mean(dim=1, keepdim=True)
         parts.append((constant @ key.T, constant @ value.T, constant.square().mean(dim=1), constant @ colours))
     keys, values, variance, covariance = (torch.cat(part) for part in zip(*parts, strict=True))
-    latents = layer.query(layer.latent_norm(pixels.encoder.latents)) * layer.qk_dim**-0.5
+    latents = layer.query(layer.latent_norm(pixels.encoder.latents)).to(wide) * layer.qk_dim**-0.5
     queries = latents.unflatten(1, (layer.num_heads, -1)).transpose(0, 1)
     heads = (layer.num_heads, 1, layer.v_dim)
     return {

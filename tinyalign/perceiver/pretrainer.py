@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tinyalign._checks import check_mask
 from tinyalign.perceiver.compressor import PerceiverCompressor
-from tinyalign.perceiver.ids import check_ids, may_look
+from tinyalign.perceiver.ids import are_ids, check_ids, may_look
 from tinyalign.perceiver.reader import LatentReader
 from tinyalign.perceiver.weights import draw_linears
 
@@ -226,8 +226,7 @@ class PerceiverPretrainer(nn.Module):
         """What the compressor would not see of a hidden caption, which is a target all the same."""
         where, vocab_size = "PerceiverPretrainer.forward", self.compressor.vocab_size
         check_mask(where, "text_mask", text_mask, tuple(text.shape[:2]))
-        ids = vocab_size is not None and text.dim() == 2 and not text.is_floating_point()
-        if vocab_size is not None and ids and may_look(text, training=self.training):
+        if vocab_size is not None and are_ids(text) and may_look(text, training=self.training):
             check_ids(where, text, vocab_size, text_mask)
 
     def _hide_captions(self, text_mask: Tensor, generator: torch.Generator | None) -> Tensor:
