@@ -152,6 +152,24 @@ def test_autocast_pads_for_the_dtype_that_runs():
     assert AttentionSpec("cuda", torch.bfloat16, 16, 16, "none") in attention_report("cuda").ran
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_trains_compressor_and_pooling(dtype):
+    """Learned queries and latents stay float32 where what they read does not."""
+    torch.manual_seed(0)
+    compressor = PerceiverCompressor(48, text_dim=24, sizes=PerceiverSizes(num_self_attends=1)).cuda()
+    connector = RAGConnector(96, 32, num_tokens=8, gate=True).cuda()
+    image, text = torch.randn(4, 30, 48, device="cuda"), torch.randn(4, 17, 24, device="cuda")
+    text_mask = torch.arange(17, device="cuda") < torch.tensor([[17], [4], [0], [9]], device="cuda")
+    found, scores = torch.ones(4, 1, dtype=torch.bool, device="cuda"), torch.rand(4, 1, device="cuda")
+    expected = connector(compressor(image, text, None, text_mask)[:, None], found, scores).tokens.detach()
+    with torch.autocast("cuda", dtype=dtype):
+        got = connector(compressor(image, text, None, text_mask)[:, None], found, scores).tokens
+    assert_near(got.detach(), expected.double().cpu(), dtype, factor=10.0)
+    got.float().square().sum().backward()
+    for weight in (*compressor.parameters(), *connector.parameters()):
+        assert weight.grad is None or weight.grad.isfinite().all()
+
+
 def test_the_seed_gives_the_same_weights_on_the_device():
     here, there = PerceiverCompressor(48, vocab_size=100), PerceiverCompressor(48, vocab_size=100, device="cuda")
     assert here.fingerprint() == there.fingerprint()
