@@ -10,46 +10,40 @@ and on the same batches, and is measured on held-out scenes of other handwriting
 
 A finished cell is kept in OUTPUT/cells.jsonl and not run again: after a kill, give the same command. Another setting of
 the constants below, or other parts, are other cells. Expect `bank` about a fifth under the baseline in `arms`, and its
-controls near the baseline (seed 0); the other tables have not been run at full size yet.
+controls near it; docs/explanation/what-reproduces.md shows every table over three seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyalign.data import DigitScenes, Sample
-from tinyalign.memory import (
-    AttentionPooledKey,
-    FingerprintMismatch,
-    KeyTransform,
-    MemoryBank,
-    SentenceTransformerKey,
-)
+from tinyalign.evaluation import ArmRow, KeptRuns, compare_seeds, markdown_table, plot_arms, setting_name, write_csv
+from tinyalign.memory import AttentionPooledKey, FingerprintMismatch, KeyTransform, MemoryBank, SentenceTransformerKey
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
 from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_parts
 from tinyalign.models.frozen import (
     FoundNeighbours,
     FrozenSamples,
+    caption_recall,
     compress_samples,
     find_neighbours,
     freeze_samples,
     frozen_bank,
+    pixel_latents,
 )
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
 from tinyalign.perceiver import (
@@ -59,12 +53,10 @@ from tinyalign.perceiver import (
     PerceiverPretrainer,
     PerceiverSizes,
     PixelPerceiver,
-    caption_bytes,
 )
 from tinyalign.perceiver.encoder import PerceiverEncoder
 from tinyalign.perceiver.pixels import TOKEN_CHANNELS
-from tinyalign.theory import NLLTable, delta_emi
-from tinyalign.theory.intervals import ratio_interval
+from tinyalign.theory import NLLTable
 
 BANK, TRAIN, HELDOUT = 8000, 512, 400  # scenes; no handwriting is shared between the three
 STEPS, BATCH, RATE = 120, 16, 2e-3
@@ -73,6 +65,9 @@ SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_atte
 ALPHA = 0.4
 OTHER_TOWER = {"seed": 1, "tower_steps": 800, "language_steps": 1}  # only its tower is used
 FULL = -1  # the whole bank
+TOKENS = 9  # of a caption, its end included
+XLABEL = "held-out nats per token (dots: seeds; line: 95 %, paired with the baseline)"
+Keys = Callable[[FrozenSamples], Tensor]
 console = Console(width=112)
 
 
@@ -92,143 +87,87 @@ class Cell(NamedTuple):
 
 METHOD, BASELINE = Cell(), Cell(arm="off")
 TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
-    "arms": (
-        "The method and its controls",
-        {
-            "off (baseline)": BASELINE,
-            "bank": METHOD,
-            "shuffled": Cell(arm="shuffled"),
-            "random": Cell(arm="random"),
-            "constant": Cell(arm="constant"),
-            "prompt": Cell(arm="prompt"),
-        },
-    ),
-    "bank_size": (
-        "Bank size (the paper's Table 5)",
-        {"500": Cell(entries=500), "2000": Cell(entries=2000), "8000": METHOD, "no bank": BASELINE},
-    ),
-    "encoder": (
-        "Which encoder made the bank (the paper's Table 6)",
-        {
-            "A asks A": METHOD,
-            "A, no bank": BASELINE,
-            "B, no bank": Cell(arm="off", tower="B", bank_tower="B"),
-            "B asks B": Cell(tower="B", bank_tower="B"),
-            "B asks A, forced": Cell(tower="B"),
-            "B, random of A": Cell(arm="random", tower="B"),
-        },
-    ),
-    "top_k": (
-        "Neighbours K (the paper's Table 7)",
-        {
-            "K=1": Cell(k=1),
-            "K=1, prompt": Cell(arm="prompt", k=1),
-            "K=5": METHOD,
-            "K=5, prompt": Cell(arm="prompt"),
-            "K=5, pooled to 8": Cell(pooled=8),
-            "K=10": Cell(k=10),
-            "K=10, prompt": Cell(arm="prompt", k=10),
-        },
-    ),
-    "key": (
-        "What entries are found by",
-        {
-            "image": METHOD,
-            "image, plain mean": Cell(key="mean"),
-            "image, centred": Cell(key="centred"),
-            "image + text (the paper's)": Cell(key="paper"),
-            "text alone": Cell(key="text"),
-        },
-    ),
-    "value": (
-        "What entries hold",
-        {
-            "pixels, untrained (the paper's)": Cell(value="pixels"),
-            "patches, untrained": Cell(value="joint"),
-            "balanced, untrained": Cell(value="balanced"),
-            "balanced, trained": METHOD,
-        },
-    ),
-    "exclusion": (
-        "May a training sample retrieve itself",
-        {
-            "other pairs in the bank": METHOD,
-            "own pairs too, excluded": Cell(own_pairs=True),
-            "own pairs too, not excluded": Cell(arm="self", own_pairs=True),
-            "no bank": BASELINE,
-        },
-    ),
-}
+    "arms": ("The method and its controls", {
+        "off (baseline)": BASELINE, "bank": METHOD, "shuffled": Cell(arm="shuffled"), "random": Cell(arm="random"),
+        "constant": Cell(arm="constant"), "prompt": Cell(arm="prompt"),
+    }),
+    "bank_size": ("Bank size (the paper's Table 5)", {
+        "500": Cell(entries=500), "2000": Cell(entries=2000), "8000": METHOD, "no bank": BASELINE,
+    }),
+    "encoder": ("Which encoder made the bank (the paper's Table 6)", {
+        "A asks A": METHOD, "A, no bank": BASELINE,
+        "B, no bank": Cell(arm="off", tower="B", bank_tower="B"), "B asks B": Cell(tower="B", bank_tower="B"),
+        "B asks A, forced": Cell(tower="B"), "B, random of A": Cell(arm="random", tower="B"),
+    }),
+    "top_k": ("Neighbours K (the paper's Table 7)", {
+        "K=1": Cell(k=1), "K=1, prompt": Cell(arm="prompt", k=1),
+        "K=5": METHOD, "K=5, prompt": Cell(arm="prompt"), "K=5, pooled to 8": Cell(pooled=8),
+        "K=10": Cell(k=10), "K=10, prompt": Cell(arm="prompt", k=10),
+    }),
+    "key": ("What entries are found by", {
+        "image": METHOD, "image, plain mean": Cell(key="mean"), "image, centred": Cell(key="centred"),
+        "image + text (the paper's)": Cell(key="paper"), "text alone": Cell(key="text"),
+    }),
+    "value": ("What entries hold", {
+        "pixels, untrained (the paper's)": Cell(value="pixels"), "patches, untrained": Cell(value="joint"),
+        "balanced, untrained": Cell(value="balanced"), "balanced, trained": METHOD,
+    }),
+    "exclusion": ("May a training sample retrieve itself", {
+        "other pairs in the bank": METHOD, "own pairs too, excluded": Cell(own_pairs=True),
+        "own pairs too, not excluded": Cell(arm="self", own_pairs=True), "no bank": BASELINE,
+    }),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=tuple(TABLES), help="some of the tables")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-most", type=int, help="stop after that many new cells; the next call goes on")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, proves nothing")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    started = time.perf_counter()
-    recipe = DigitRecipe()
+    started, recipe = time.perf_counter(), DigitRecipe()
     if args.smoke:
-        recipe = shrink()
-        args.seeds = 1
+        recipe, args.seeds = shrink(), 1
     args.output.mkdir(parents=True, exist_ok=True)
-    results, left = run(args, recipe)
-    if left:
-        console.print(f"{left} cells are left: give the command again ({time.process_time():.0f} s of processor time)")
-        return
+    kept = run(args, recipe)
     for name in args.only:
         title, cells = TABLES[name]
-        rows = [summarise(label, cell, results, args.seeds) for label, cell in cells.items()]
+        found = [summarise(label, cell, kept, args.seeds) for label, cell in cells.items()]
+        rows = [row for row, _ in found]
         write_csv(args.output / f"{name}.csv", rows)
-        draw(args.output / f"{name}.png", title, rows)
-        (args.output / f"{name}.md").write_text(as_markdown(rows), encoding="utf-8")
-        console.print(as_table(title, rows, args.seeds))
+        plot_arms(args.output / f"{name}.png", title, [bar for _, bar in found], xlabel=XLABEL)
+        said = markdown_table([in_words(row) for row in rows])
+        (args.output / f"{name}.md").write_text(said, encoding="utf-8")
+        console.print(f"[bold]{title}[/]: held-out nats per token; intervals over scenes, 95 %", Markdown(said))
     console.print(
-        f"{time.perf_counter() - started:.0f} s, of which {time.process_time():.0f} s of processor time, with "
-        f"{torch.get_num_threads()} threads; see {args.output}"
+        f"{time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of processor time; {args.output}"
     )
 
 
-def run(args: argparse.Namespace, recipe: DigitRecipe) -> tuple[dict[tuple[Cell, int], dict], int]:
-    """Run the cells that the tables need and that were not run before; return all, and how many are left."""
-    names, seeds, path = args.only, args.seeds, args.output / "cells.jsonl"
+def run(args: argparse.Namespace, recipe: DigitRecipe) -> KeptRuns:
+    """Run the cells that the tables need and that were not run before; return all."""
     parts = {"A": load_digit_parts(recipe)}
-    wanted = list(dict.fromkeys([BASELINE, *(cell for name in names for cell in TABLES[name][1].values())]))
     setting = fingerprint_of(parts["A"])
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = {(Cell(**line["cell"]), line["seed"]): line for line in lines if line["setting"] == setting}
-    allowed = len(wanted) * seeds if args.at_most is None else args.at_most
-    left = 0
-    for seed in range(seeds):
-        missing = [cell for cell in wanted if (cell, seed) not in kept]
-        missing, later = missing[:allowed], missing[allowed:]
-        allowed, left = allowed - len(missing), left + len(later)
-        if not missing:
-            continue
+    kept = KeptRuns(args.output / "cells.jsonl", setting, by=("cell", "seed"))
+    wanted = dict.fromkeys([BASELINE, *(cell for name in args.only for cell in TABLES[name][1].values())])
+    name_of = {cell: f"{name}/{label}" for name in reversed(args.only) for label, cell in TABLES[name][1].items()}
+    for seed in range(args.seeds):
+        missing = [cell for cell in wanted if not kept.get(cell=cell._asdict(), seed=seed)]
         needed = sorted({name for cell in missing for name in (cell.tower, cell.bank_tower)})
         if "B" in needed and "B" not in parts:
             parts["B"] = load_digit_parts(DigitRecipe(**{**vars(recipe), **OTHER_TOWER}))
         folder = args.output / f"compressors-{setting}-{seed}"
         worlds = {name: World(parts[name], parts["A"].language_model, seed, folder / name) for name in needed}
-        for at, cell in enumerate(missing):
+        for at, cell in enumerate(missing, start=1):
             started = time.perf_counter()
-            line = {"setting": setting, "cell": cell._asdict(), "seed": seed, **run_cell(cell, worlds, seed)}
-            line["seconds"] = time.perf_counter() - started
-            kept[cell, seed] = line
-            with open(path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-            said = f"seed {seed}, cell {at + 1} of {len(missing)}: {name_of(cell)} {line['heldout_ce']:.3f}"
-            console.print(f"{said}, {line['seconds']:.0f} s", style="dim")
-    return {key: kept[key] for key in kept if key[1] < seeds}, left
-
-
-def name_of(cell: Cell) -> str:
-    """The table and label under which a cell first appears."""
-    return next(f"{name}/{label}" for name, (_, cells) in TABLES.items() for label in cells if cells[label] == cell)
+            found = run_cell(cell, worlds, seed)
+            seconds = time.perf_counter() - started
+            kept.add({"cell": cell._asdict(), "seed": seed, **found, "seconds": seconds})
+            said = f"seed {seed}, cell {at} of {len(missing)}: {name_of.get(cell, 'baseline')}"
+            console.print(f"{said} {found['heldout_ce']:.3f}, {seconds:.0f} s", style="dim")
+    return kept
 
 
 def fingerprint_of(parts: DigitParts) -> str:
@@ -236,7 +175,7 @@ def fingerprint_of(parts: DigitParts) -> str:
     weights = [*parts.vision_tower.state_dict().values(), *parts.language_model.state_dict().values()]
     said = [BANK, TRAIN, HELDOUT, STEPS, BATCH, RATE, COMPRESSOR_STEPS, SIZES, ALPHA, OTHER_TOWER]
     sums = [float(weight.double().abs().sum()) for weight in weights]
-    return hashlib.sha256(json.dumps([said, sums]).encode()).hexdigest()[:12]
+    return setting_name([said, sums])
 
 
 class World:
@@ -265,12 +204,11 @@ class World:
         if kind not in self._values:
             both = {name: self.split[name] for name in ("memory", "train")}
             if kind == "pixels":
-                made = {name: self.pixel_values(part) for name, part in both.items()}
+                pixels = self.pixel_perceiver()  # the same values as unfolded, faster
+                made = {n: pixel_latents(part, pixels, self.parts.image_processor) for n, part in both.items()}
             else:
-                if kind == "trained":
-                    encode = self.encoder_of(self.trained_compressor())
-                else:
-                    encode = self.encoder_of(self.compressor(kind))
+                encode = self.encoder_of(self.trained_compressor() if kind == "trained" else self.compressor(kind))
+                if kind != "trained":
                     encode.encoder.compressor.fit_image_scale(both["memory"].features[:256])
                 made = {name: compress_samples(part, encode) for name, part in both.items()}
             self._values[kind] = made
@@ -292,46 +230,30 @@ class World:
             compressor.save_pretrained(self.folder)
         return PerceiverCompressor.from_pretrained(self.folder).requires_grad_(False).eval()
 
-    def pixel_values(self, part: FrozenSamples) -> Tensor:
+    def pixel_perceiver(self) -> FoldedPixelPerceiver:
         """The paper's value as its release makes it: an untrained Perceiver over raw pixels and caption bytes."""
+        latents, width = SIZES.num_latents, SIZES.latent_dim
         inner = PerceiverEncoder(
-            TOKEN_CHANNELS,
-            num_latents=SIZES.num_latents,
-            latent_dim=SIZES.latent_dim,
-            num_self_attends=SIZES.num_self_attends,
-            num_heads=SIZES.num_heads,
-            qk_channels=SIZES.latent_dim,
-            v_channels=SIZES.latent_dim,
-        )
-        perceiver = PixelPerceiver(inner, image_size=32, vocab_size=262, seed=self.seed)
-        folded = FoldedPixelPerceiver(perceiver)  # the same values, faster
-        found = []
-        for at in range(0, len(part), 100):
-            samples = part.samples[at : at + 100]
-            pixels = self.parts.image_processor(images=[s.images[0] for s in samples], return_tensors="pt")
-            text, mask = caption_bytes([sample.turns[1].text for sample in samples])
-            with torch.no_grad():
-                found.append(folded(pixels["pixel_values"], text, mask))
-        return torch.cat(found)
+            TOKEN_CHANNELS, num_latents=latents, latent_dim=width, num_self_attends=SIZES.num_self_attends,
+            num_heads=SIZES.num_heads, qk_channels=width, v_channels=width,
+        )  # fmt: skip
+        return FoldedPixelPerceiver(PixelPerceiver(inner, image_size=32, vocab_size=262, seed=self.seed))
 
-    def keys(self, kind: str) -> tuple[Callable[[FrozenSamples], Tensor], Callable[[FrozenSamples], Tensor], bool]:
-        """How a bank's entries are keyed, how samples ask, and whether keys are centred."""
-        if kind == "mean":
-            pooled = lambda part: part.features.mean(dim=1)[part.image_of]  # noqa: E731
-            return pooled, pooled, False
+    def keys(self, kind: str) -> tuple[Keys, Keys]:
+        """How a bank's entries are keyed, and how samples ask."""
         if kind == "paper":
-            return self.image_and_text("caption"), self.image_and_text("instruction"), False
+            return self.image_and_text("caption"), self.image_and_text("instruction")
         if kind == "text":
             encoder = sentence_encoder(self.parts, self.language_model.get_input_embeddings().weight)
             return (
                 lambda part: encoder.keys([sample.turns[1].text for sample in part.samples]),
                 lambda part: encoder.queries([instruction_of(sample) for sample in part.samples]),
-                False,
             )
-        own = lambda part: part.queries[part.image_of]  # noqa: E731
-        return own, own, kind == "centred"
+        if kind == "mean":
+            return (lambda part: part.features.mean(dim=1)[part.image_of],) * 2
+        return (lambda part: part.queries[part.image_of],) * 2
 
-    def image_and_text(self, said: str) -> Callable[[FrozenSamples], Tensor]:
+    def image_and_text(self, said: str) -> Keys:
         """The paper's key of image and text, from frozen features in the language model's width.
 
         An entry reads its caption. A query reads the instruction, all that is known before the answer. Image features
@@ -352,13 +274,13 @@ class World:
 
     def bank(self, cell: Cell) -> MemoryBank:
         """The bank of a cell, made by this tower."""
-        entry_keys, _, centred = self.keys(cell.key)
+        entry_keys, _ = self.keys(cell.key)
         memory, values = self.split["memory"], self.values(cell.value)
         if cell.entries != FULL:
             some = torch.randperm(len(memory), generator=torch.Generator().manual_seed(self.seed))[: cell.entries]
             memory, values = memory.take(some), {**values, "memory": values["memory"][some]}
         keys = entry_keys(memory)
-        fit = KeyTransform.fit(keys) if centred else None
+        fit = KeyTransform.fit(keys) if cell.key == "centred" else None
         prints = self.encode.encoder.fingerprint()
         bank = frozen_bank(memory, values["memory"], keys=keys, transform=fit, fingerprint=prints)
         if cell.own_pairs:
@@ -402,14 +324,14 @@ def run_cell(cell: Cell, worlds: dict[str, World], seed: int) -> dict:
         bank = source.bank(cell)
         if cell.tower != cell.bank_tower:
             extra["refused"] = refusal(model, bank)  # and forced: what is found is handed over below
-        _, ask, _ = world.keys(cell.key)
+        _, ask = world.keys(cell.key)
         # A held-out sample is in no bank, so that it asks as usual where training samples found themselves.
         arms = (cell.arm, "bank" if cell.arm == "self" else cell.arm)
         found = [
             find_neighbours(bank, part, arm=arm, k=cell.k, seed=seed, queries=ask(part))
             for part, arm in zip((train, heldout), arms, strict=True)
         ]
-        extra["recall"] = recall(heldout, found[1])
+        extra["recall"] = caption_recall(heldout, found[1])
     curve = fit_frozen(model, train, found[0], steps=STEPS, rate=RATE, batch_size=BATCH, seed=seed)
     scores = score_frozen(model, heldout, found[1])
     return {
@@ -432,129 +354,37 @@ def refusal(model: TinyAlignVLM, bank: MemoryBank) -> str:
     raise RuntimeError("ablations: a bank of another encoder must be refused, and was not. Report this.")
 
 
-def recall(part: FrozenSamples, found: FoundNeighbours | None) -> float:
-    """Share of samples one of whose neighbours has the very same caption."""
-    assert found is not None
-    texts = [{note["text"] for note in found.memory.metadata(row[row >= 0])} for row in found.neighbours.ids]
-    return float(np.mean([sample.turns[1].text in row for sample, row in zip(part.samples, texts, strict=True)]))
+def summarise(label: str, cell: Cell, kept: KeptRuns, seeds: int) -> tuple[dict, ArmRow]:
+    """One row and its bar: means over seeds, and the gain on the baseline of each seed, with both kinds of interval.
 
-
-def summarise(label: str, cell: Cell, results: dict[tuple[Cell, int], dict], seeds: int) -> dict:
-    """One row: means over seeds, and what the cell gains on the baseline of its seed, with both kinds of interval.
-
-    `gain_low` to `gain_high` is Student's t over seeds: new runs on new data. `records_low` to `records_high` is over
-    the held-out scenes of these runs. Gains are in nats per caption: positive means under the baseline.
+    `gain_low` to `gain_high` is over seeds: new runs on new data. `records_low` to `records_high` is over the held-out
+    scenes of these runs. Gains are in nats per caption: positive means under the baseline.
     """
-    runs = [results[cell, seed] for seed in range(seeds)]
-    base = [results[BASELINE, seed] for seed in range(seeds)]
-    ce = over_seeds([run["heldout_ce"] for run in runs])
-    gain = over_seeds([delta_emi(table_of([b]), table_of([r])).value for b, r in zip(base, runs, strict=True)])
-    pooled = delta_emi(table_of(base), table_of(runs))
+    runs, base = ([kept.get(cell=one._asdict(), seed=seed) for seed in range(seeds)] for one in (cell, BASELINE))
+    found = compare_seeds(*([NLLTable(run["nll"], run["tokens"]) for run in part] for part in (runs, base)))
+    ce, gain, pooled = found.per_token, found.gain, found.gain_of_samples
     row = {
-        "cell": label,
-        "heldout_ce": ce[0],
-        "heldout_ce_low": ce[1],
-        "heldout_ce_high": ce[2],
-        "train_ce": float(np.mean([run["train_ce"] for run in runs])),
-        "relative": float(np.mean([r["heldout_ce"] / b["heldout_ce"] - 1 for b, r in zip(base, runs, strict=True)])),
-        "gain": gain[0],
-        "gain_low": gain[1],
-        "gain_high": gain[2],
-        "records_low": pooled.low,
-        "records_high": pooled.high,
-        "records_half_width": (pooled.high - pooled.low) / 2 / float(np.mean(runs[0]["tokens"])),
+        "cell": label, "heldout_ce": ce.value, "heldout_ce_low": ce.low, "heldout_ce_high": ce.high,
+        "train_ce": float(np.mean([run["train_ce"] for run in runs])), "relative": found.relative,
+        "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
+        "records_low": pooled.low, "records_high": pooled.high,
         "recall": float(np.mean([run.get("recall", np.nan) for run in runs])),
-        "exact_captions": float(np.mean([run["exact_captions"] for run in runs])),
-        "seeds": seeds,
+        "exact_captions": float(np.mean([run["exact_captions"] for run in runs])), "seeds": seeds,
+    }  # fmt: skip
+    values = {f"heldout_ce_seed_{seed}": run["heldout_ce"] for seed, run in enumerate(runs)}
+    half_width = (pooled.high - pooled.low) / 2 / TOKENS
+    return {**row, **values}, ArmRow(label, tuple(values.values()), half_width, found.relative)
+
+
+def in_words(row: dict) -> dict[str, str]:
+    """A row as it is shown; the gain's interval is over the held-out scenes."""
+    return {
+        "": row["cell"],
+        **{f"seed {seed}": f"{row[f'heldout_ce_seed_{seed}']:.3f}" for seed in range(row["seeds"])},
+        "to baseline": f"{row['relative']:+.1%}",
+        "gain, nats per caption": f"{row['gain']:+.2f} [{row['records_low']:+.2f}, {row['records_high']:+.2f}]",
+        "recall": "" if np.isnan(row["recall"]) else f"{row['recall']:.2f}",
     }
-    return {**row, **{f"heldout_ce_seed_{seed}": run["heldout_ce"] for seed, run in enumerate(runs)}}
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    found = ratio_interval(np.array(values), np.ones(len(values)), np.arange(len(values)), method="t")
-    return found.value, found.low, found.high
-
-
-def table_of(runs: Sequence[dict]) -> NLLTable:
-    """The held-out scenes of several seeds; each seed draws scenes of its own."""
-    nll, tokens = (np.concatenate([run[name] for run in runs]) for name in ("nll", "tokens"))
-    return NLLTable(nll, tokens)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def as_table(title: str, rows: list[dict], seeds: int) -> Table:
-    table = Table(title=f"{title}: seeds 0 to {seeds - 1}, 95 % intervals")
-    for column in ("cell", "held-out CE", "over seeds", "to baseline", "gain, nats/caption", "recall", "training CE"):
-        table.add_column(column, justify="left" if column == "cell" else "right")
-    for row in rows:
-        table.add_row(
-            row["cell"],
-            f"{row['heldout_ce']:.3f}",
-            f"[{row['heldout_ce_low']:.3f}, {row['heldout_ce_high']:.3f}]",
-            f"{row['relative']:+.1%}",
-            f"{row['gain']:+.2f} [{row['gain_low']:+.2f}, {row['gain_high']:+.2f}]",
-            "" if np.isnan(row["recall"]) else f"{row['recall']:.2f}",
-            f"{row['train_ce']:.3f}",
-        )
-    return table
-
-
-def as_markdown(rows: list[dict]) -> str:
-    """The table as it goes into the documentation."""
-    seeds = range(rows[0]["seeds"])
-    lines = [
-        "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | to baseline | gain, nats per caption | recall |"
-    ]
-    lines.append("| --- |" + " --- |" * (len(seeds) + 3))
-    for row in rows:
-        runs = " | ".join(f"{row[f'heldout_ce_seed_{seed}']:.3f}" for seed in seeds)
-        gain = f"{row['gain']:+.2f} [{row['records_low']:+.2f}, {row['records_high']:+.2f}]"
-        found = "" if np.isnan(row["recall"]) else f"{row['recall']:.2f}"
-        lines.append(f"| {row['cell']} | {runs} | {row['relative']:+.1%} | {gain} | {found} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(path: Path, title: str, rows: list[dict]) -> None:
-    """Held-out cross-entropy per cell. Readable on light and on dark pages.
-
-    A dot per seed, a bar at the mean, and a line for the paired difference to the baseline: its interval over scenes.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"
-    figure, axes = plt.subplots(figsize=(7, 0.42 * len(rows) + 1.1), layout="constrained", dpi=130)
-    places = np.arange(len(rows))[::-1]
-    for place, row in zip(places, rows, strict=True):
-        seeds = [value for name, value in row.items() if name.startswith("heldout_ce_seed_")]
-        colour = "#2a9d6f" if row["gain"] > 0 else "#d1495b" if row["gain"] < 0 else grey
-        half = row["records_half_width"]
-        axes.plot([row["heldout_ce"] - half, row["heldout_ce"] + half], [place, place], color=colour, lw=1)
-        axes.plot(seeds, [place] * len(seeds), "o", color=colour, ms=5, alpha=0.6, mew=0)
-        axes.plot([row["heldout_ce"]] * 2, [place - 0.28, place + 0.28], color=colour, lw=3)
-        axes.annotate(f"{row['relative']:+.1%}", (1.01, place), xycoords=("axes fraction", "data"), va="center",
-                      color=grey, fontsize=8)  # fmt: skip
-    base = rows[0]["heldout_ce"] / (1 + rows[0]["relative"])
-    axes.axvline(base, color=grey, ls=":", lw=1)
-    axes.set_yticks(places, [row["cell"] for row in rows])
-    said = "held-out nats per token (dots: seeds; line: 95 %, paired with the baseline)"
-    axes.set_xlabel(said, color=grey, fontsize=9)
-    axes.set_title(title, color=grey, loc="left", fontsize=11)
-    axes.tick_params(colors=grey)
-    axes.grid(axis="x", color=grey, alpha=0.25, lw=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(grey)
-    figure.savefig(path, transparent=True)
-    plt.close(figure)
 
 
 def shrink() -> DigitRecipe:

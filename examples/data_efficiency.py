@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import hashlib
-import json
 import logging
 import tempfile
 import time
@@ -31,21 +28,21 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tinyalign.data import DigitScenes, LlavaDataset, Sample, Turn, load_image, stable_id, write_llava
+from tinyalign.data import DigitScenes, LlavaDataset, answers_of, questions_of, write_llava
+from tinyalign.evaluation import KeptRuns, over_seeds, page_figure, setting_name, write_csv
 from tinyalign.memory import AttentionPooledKey, MemoryBank
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
 from tinyalign.models.digit_parts import DigitRecipe, load_digit_parts
 from tinyalign.models.frozen import FrozenSamples, compress_samples, find_neighbours, freeze_samples, frozen_bank
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
-from tinyalign.models.tiny import write_tiny_parts
+from tinyalign.models.word_parts import train_word_parts
 from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
-from tinyalign.theory.intervals import ratio_interval
 
 ARMS = ("off", "bank", "shuffled")
+NAMES = {"off": "baseline", "bank": "TinyAlign"}
 SHARES = (0.2, 0.4, 0.6, 1.0)
 NEIGHBOURS = 5
 SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
@@ -103,46 +100,36 @@ def study(args: argparse.Namespace, recipe: DigitRecipe) -> None:
     """Run what is missing, then write table and picture."""
     started = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "runs.jsonl"
-    setting = name_of_setting(args, recipe)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(run["arm"], run["share"], run["seed"]): run for run in lines if run["setting"] == setting}
+    setting = name_of(args, recipe)
+    kept = KeptRuns(args.output / "runs.jsonl", setting, by=("arm", "share", "seed"))
     for seed in range(args.seeds):
-        wanted = [(arm, share) for arm in args.arms for share in args.shares]
-        missing = [pair for pair in wanted if (*pair, seed) not in done]
-        if not missing:
-            continue
-        shared = digit_study(recipe, seed) if args.data is None else llava_study(args, seed)
-        for arm in dict.fromkeys(arm for arm, _ in missing):
-            for run in run_arm(shared, arm, [share for a, share in missing if a == arm], seed):
-                done[arm, run["share"], seed] = run
-                with open(path, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"setting": setting, **run}) + "\n")
-    runs = [done[arm, share, seed] for arm in args.arms for share in args.shares for seed in range(args.seeds)]
+        missing = {arm: [s for s in args.shares if not kept.get(arm=arm, share=s, seed=seed)] for arm in args.arms}
+        if any(missing.values()):
+            shared = digit_study(recipe, seed) if args.data is None else llava_study(args, seed, setting)
+            for arm, shares in missing.items():
+                for run in run_arm(shared, arm, shares, seed) if shares else ():
+                    kept.add(run)
+    runs = [run for run in kept if run["arm"] in args.arms and run["share"] in args.shares and run["seed"] < args.seeds]
     rows = summarise(runs, args.arms, args.shares, args.seeds)
-    with open(args.output / "accuracy.csv", "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.output / "accuracy.csv", rows)
     draw(args.output / "accuracy.png", rows, runs)
     (args.output / "accuracy.md").write_text(as_markdown(rows, args.seeds), encoding="utf-8")
     console.print(as_table(rows, args.seeds))
     for sentence in read_aloud(rows):
         console.print(f"- {sentence}")
     console.print(
-        f"{time.perf_counter() - started:.0f} s, of which {time.process_time():.0f} s of processor time, with "
-        f"{torch.get_num_threads()} threads; see {args.output}"
+        f"{time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of processor time; {args.output}"
     )
 
 
-def name_of_setting(args: argparse.Namespace, recipe: DigitRecipe) -> str:
+def name_of(args: argparse.Namespace, recipe: DigitRecipe) -> str:
     said = [NEIGHBOURS, SIZES, COMPRESSOR_STEPS]
     if args.data is None:
         said += [DIGITS, DIGIT_SCENES, vars(recipe)]
     else:
         said += [LLAVA, LLAVA_EVAL, PICTURE, TOWER_STEPS, LANGUAGE_STEPS, args.vision, args.llm]
         said += [args.data.read_text(), args.eval.read_text()]
-    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+    return setting_name(said)
 
 
 # What is studied
@@ -162,7 +149,7 @@ def digit_study(recipe: DigitRecipe, seed: int) -> Study:
     return Study(pretrain, asked[0], asked[1], bank, parts.vision_tower, parts.language_model, parts.tokenizer, DIGITS)
 
 
-def llava_study(args: argparse.Namespace, seed: int) -> Study:
+def llava_study(args: argparse.Namespace, seed: int, setting: str) -> Study:
     """Half of the images for parts, stage 1 and bank; questions about the other half for stage 2."""
     records = LlavaDataset(args.data, args.images)
     groups = sorted({sample.group for sample in records})
@@ -174,12 +161,11 @@ def llava_study(args: argparse.Namespace, seed: int) -> Study:
     picked = np.random.default_rng(0).permutation(len(heldout))[:LLAVA_EVAL].tolist()
     vision, llm = args.vision, args.llm
     if vision is None or llm is None:
-        made = parts_on_the_spot(known, args.output / "parts")
-        vision, llm = vision or made / "vision", llm or made / "llm"
-    tower, tokenizer = (
-        AutoModel.from_pretrained(vision).requires_grad_(False).eval(),
-        AutoTokenizer.from_pretrained(llm),
-    )
+        folder, steps = args.output / f"parts-{setting}", {"tower_steps": TOWER_STEPS, "language_steps": LANGUAGE_STEPS}
+        made = train_word_parts(known, folder, image_size=PICTURE, **steps)
+        vision, llm = vision or made.vision, llm or made.llm
+    tower, tokenizer = AutoModel.from_pretrained(vision), AutoTokenizer.from_pretrained(llm)
+    tower.requires_grad_(False).eval()
     encode = encoder_of(tower, AutoImageProcessor.from_pretrained(vision), tokenizer, seed)
     pretrain = freeze_samples([turn for sample in known for turn in questions_of(sample)], encode)
     entries = freeze_samples([answers_of(sample) for sample in known], encode)
@@ -187,24 +173,6 @@ def llava_study(args: argparse.Namespace, seed: int) -> Study:
     language_model = AutoModelForCausalLM.from_pretrained(llm)
     asked = [freeze_samples(samples, encode) for samples in (other, [heldout[i] for i in picked])]
     return Study(pretrain, asked[0], asked[1], bank, tower, language_model, tokenizer, LLAVA)
-
-
-def questions_of(sample: Sample) -> list[Sample]:
-    """Each question of a conversation as a sample of its own, so that no earlier answer helps."""
-    users = [turn for turn in sample.turns if turn.role == "user"]
-    answers = [turn for turn in sample.turns if turn.role == "assistant"]
-    found = []
-    for number, (asked, said) in enumerate(zip(users, answers, strict=True)):
-        name = f"{sample.id}/{number}"
-        turns = (Turn("user", f"<image>\n{asked.text.replace('<image>', '').strip()}"), said)
-        found.append(Sample(name, stable_id(name), sample.group, sample.images, turns))
-    return found
-
-
-def answers_of(sample: Sample) -> Sample:
-    """A record whose text is what was answered, each answer once: what a bank entry says about its image."""
-    said = dict.fromkeys(turn.text.strip() for turn in sample.turns if turn.role == "assistant")
-    return sample._replace(turns=(Turn("user", "<image>"), Turn("assistant", " ".join(said))))
 
 
 def encoder_of(tower: nn.Module, pictures: Any, tokenizer: Any, seed: int) -> SampleEncoder:
@@ -267,95 +235,6 @@ def run_arm(shared: Study, arm: str, shares: Sequence[float], seed: int) -> list
     return runs
 
 
-# Parts trained on the spot
-
-
-def parts_on_the_spot(samples: Sequence[Sample], folder: Path) -> Path:
-    """A tower that knows which words are said about an image, and a language model that answers from words."""
-    if (folder / "done").exists():
-        return folder
-    words = [turn.text.replace("<image>", "") for sample in samples for turn in sample.turns]
-    torch.manual_seed(0)
-    made = write_tiny_parts(folder, words, image_size=PICTURE)
-    tokenizer, pictures = AutoTokenizer.from_pretrained(made.llm), AutoImageProcessor.from_pretrained(made.vision)
-    tower, language_model = AutoModel.from_pretrained(made.vision), AutoModelForCausalLM.from_pretrained(made.llm)
-    images = [load_image(sample.images[0]) for sample in samples]
-    pixels = torch.cat([
-        pictures(images=images[at : at + 200], return_tensors="pt")["pixel_values"] for at in range(0, len(images), 200)
-    ])  # fmt: skip
-    said = [tokenizer(answers_of(sample).turns[1].text, add_special_tokens=False)["input_ids"] for sample in samples]
-    train_tower(tower, pixels, said, len(tokenizer))
-    train_language_model(language_model, tokenizer, samples, said)
-    tower.save_pretrained(made.vision)
-    language_model.save_pretrained(made.llm)
-    (folder / "done").touch()
-    return folder
-
-
-def train_tower(tower: nn.Module, pixels: Tensor, said: list[list[int]], vocab_size: int) -> None:
-    target = torch.zeros(len(said), vocab_size)
-    for row, ids in enumerate(said):
-        target[row, ids] = 1.0
-    head = nn.Linear(tower.config.hidden_size, vocab_size)
-    layer = tower.config.num_hidden_layers - 1  # the layer that features are read from, so that it must know
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pixels), (32,), generator=generator)
-        seen = tower(pixel_values=pixels[rows], output_hidden_states=True).hidden_states[layer]
-        return F.binary_cross_entropy_with_logits(head(seen.mean(dim=1)), target[rows], reduction="sum") / len(rows)
-
-    descend(loss_of, [*tower.parameters(), *head.parameters()], TOWER_STEPS, 1e-3, "tower: words of an image, nats")
-
-
-def train_language_model(model: nn.Module, tokenizer: Any, samples: Sequence[Sample], said: list[list[int]]) -> None:
-    """Text alone: words that were said about an image, among others that were not, then a question and its answer."""
-    rng = np.random.default_rng(0)
-    turns = [(row, turn) for row, sample in enumerate(samples) for turn in questions_of(sample)]
-    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    encoded = []
-    for row, turn in turns:
-        asked, answer = turn.turns[0].text.replace("<image>", "").strip(), turn.turns[1].text
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{asked} ASSISTANT:", answer)]
-        encoded.append((row, ids[0], ids[1] + eos))
-    user = tokenizer("USER:", add_special_tokens=False)["input_ids"]
-
-    def loss_of(_: torch.Generator) -> Tensor:
-        batch = []
-        for at in rng.integers(len(encoded), size=32):
-            row, asked, answer = encoded[at]
-            length = int(rng.integers(4, 40))
-            prefix = rng.integers(4, len(tokenizer), size=length)
-            true = rng.random(length) < 0.5
-            prefix[true] = rng.choice(said[row], size=int(true.sum()))
-            batch.append(([*bos, *user, *prefix.tolist(), *asked], answer))
-        width = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids, labels = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
-        for line, (prompt, answer) in enumerate(batch):
-            stop = len(prompt) + len(answer)
-            ids[line, :stop] = torch.tensor(prompt + answer)
-            labels[line, len(prompt) : stop] = torch.tensor(answer)
-        logits = model(input_ids=ids).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-
-    descend(loss_of, model.parameters(), LANGUAGE_STEPS, 2e-3, "language model: answers from words, nats per token")
-
-
-def descend(loss_of: Any, weights: Any, steps: int, rate: float, label: str) -> None:
-    weights = list(weights)
-    optimizer = torch.optim.AdamW(weights, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
-    generator, curve = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        loss = loss_of(generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        curve.append(loss.item())
-    console.print(f"{label}: {np.mean(curve[:20]):.3f}, in the end {np.mean(curve[-20:]):.3f}", style="dim")
-
-
 # What came of it
 
 
@@ -374,7 +253,7 @@ def summarise(runs: list[dict], arms: Sequence[str], shares: Sequence[float], se
                 ("over_baseline", np.subtract(own, base)),
                 ("over_baseline_at_100", np.subtract(own, full)),
             ):
-                found = ratio_interval(np.array(values), np.ones(seeds), np.arange(seeds), method="t")
+                found = over_seeds(values)
                 row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             rows.append(row | {f"accuracy_seed_{seed}": value for seed, value in enumerate(own)})
     return rows
@@ -409,9 +288,7 @@ def as_table(rows: list[dict], seeds: int) -> Table:
 def as_markdown(rows: list[dict], seeds: int) -> str:
     """The table as it goes into the documentation: accuracy at each share, seed by seed."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    lines = [
-        "| data | samples | " + " | ".join({"off": "baseline", "bank": "TinyAlign"}.get(a, a) for a in arms) + " |"
-    ]
+    lines = ["| data | samples | " + " | ".join(NAMES.get(arm, arm) for arm in arms) + " |"]
     lines.append("| --- |" + " --- |" * (len(arms) + 1))
     for share in dict.fromkeys(row["share"] for row in rows):
         own = [next(row for row in rows if row["arm"] == arm and row["share"] == share) for arm in arms]
@@ -421,36 +298,23 @@ def as_markdown(rows: list[dict], seeds: int) -> str:
 
 
 def draw(path: Path, rows: list[dict], runs: list[dict]) -> None:
-    """Lines through the means, a dot per run. Readable on light and on dark pages."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Lines through the means, a dot per run."""
     grey = "#808080"
     colours = {"off": grey, "bank": "#2a9d6f", "shuffled": "#e09f3e", "random": "#d1495b", "constant": "#5b8bd0"}
-    names = {"off": "baseline", "bank": "TinyAlign"}
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained", dpi=130)
+    figure, (axes,) = page_figure(6.4, 4)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for place, arm in enumerate(arms):
         own, shift = [row for row in rows if row["arm"] == arm], 0.6 * (place - (len(arms) - 1) / 2)
-        shares = [100 * row["share"] + shift for row in own]
-        axes.plot(
-            shares, [row["accuracy"] for row in own], color=colours[arm], label=names.get(arm, arm), lw=2, marker="o"
-        )
+        shares, means = [100 * row["share"] + shift for row in own], [row["accuracy"] for row in own]
+        axes.plot(shares, means, color=colours[arm], label=NAMES.get(arm, arm), lw=2, marker="o")
         dots = [(100 * run["share"] + shift, run["accuracy"]) for run in runs if run["arm"] == arm]
         axes.plot(*zip(*dots, strict=True), "o", color=colours[arm], ms=4, alpha=0.45, mew=0)
     axes.axhline(next(r["accuracy"] for r in reversed(rows) if r["arm"] == arms[0]), color=grey, ls=":", lw=1)
-    axes.set_xlabel("instruction data, %", color=grey)
-    axes.set_ylabel("held-out accuracy (dots: seeds)", color=grey)
-    axes.tick_params(colors=grey)
+    axes.set_xlabel("instruction data, %")
+    axes.set_ylabel("held-out accuracy (dots: seeds)")
     axes.grid(color=grey, alpha=0.25, lw=0.6)
     axes.legend(frameon=False, labelcolor=grey)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("bottom", "left"))
-        spine.set_color(grey)
-    figure.savefig(path, transparent=True)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 def shrink() -> DigitRecipe:

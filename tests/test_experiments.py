@@ -19,7 +19,8 @@ import pytest
 import torch
 from scipy import stats
 
-from tinyalign.data import DigitScenes, Sample, Turn
+from tinyalign.data import DigitScenes
+from tinyalign.evaluation import KeptRuns
 from tinyalign.memory import MemoryBank, leakage_report
 from tinyalign.models import TinyAlignVLM, count_flops
 
@@ -68,46 +69,30 @@ def test_each_ablation_changes_one_thing_of_the_method(ablations: ModuleType) ->
     assert {"500", "2000", "8000"} <= set(ablations.TABLES["bank_size"][1])
 
 
-def test_a_row_holds_means_and_paired_intervals_over_seeds(ablations: ModuleType) -> None:
+def test_a_row_pairs_a_cell_with_the_baseline_of_its_seed(ablations: ModuleType, tmp_path: Path) -> None:
+    kept = KeptRuns(tmp_path / "cells.jsonl", "a", by=("cell", "seed"))
     rng = np.random.default_rng(0)
-    results, gains = {}, []
     for seed in range(3):
         base = rng.uniform(2, 4, 50)
-        better = base - 0.2 - 0.1 * seed + rng.normal(0, 0.05, 50)
-        gains.append(float((base - better).mean()))
-        for cell, nll in ((ablations.BASELINE, base), (ablations.METHOD, better)):
-            results[cell, seed] = {
-                "nll": nll.tolist(), "tokens": [9] * 50, "heldout_ce": nll.sum() / 450, "train_ce": 0.1,
-                "exact_captions": 0.5,
-            }  # fmt: skip
-    row = ablations.summarise("bank", ablations.METHOD, results, 3)
-    low, high = stats.t.interval(0.95, 2, loc=np.mean(gains), scale=stats.sem(gains))
-    assert (row["gain"], row["gain_low"], row["gain_high"]) == pytest.approx((np.mean(gains), low, high))
-    assert row["gain_low"] < row["records_low"] < row["gain"] < row["records_high"] < row["gain_high"]
-    ratios = [
-        results[ablations.METHOD, s]["heldout_ce"] / results[ablations.BASELINE, s]["heldout_ce"] for s in range(3)
-    ]
-    assert row["relative"] == pytest.approx(np.mean(ratios) - 1)
+        for cell, nll in ((ablations.BASELINE, base), (ablations.METHOD, base - 0.45 - 0.09 * seed)):
+            facts = {"heldout_ce": nll.sum() / 450, "train_ce": 0.1 * seed, "exact_captions": 0.5}
+            kept.add({"cell": cell._asdict(), "seed": seed, "nll": nll.tolist(), "tokens": [9] * 50, **facts})
+    row, bar = ablations.summarise("bank", ablations.METHOD, kept, 3)
+    assert row["gain"] == pytest.approx(0.54)
+    assert row["train_ce"] == pytest.approx(0.1)
+    assert bar.values == tuple(row[f"heldout_ce_seed_{seed}"] for seed in range(3))
+    assert bar.half_width == pytest.approx((row["records_high"] - row["records_low"]) / 18)
+    assert bar.relative == row["relative"] < 0
     assert np.isnan(row["recall"])
+    said = ablations.in_words(row)
+    assert list(said) == ["", "seed 0", "seed 1", "seed 2", "to baseline", "gain, nats per caption", "recall"]
+    assert said["gain, nats per caption"].startswith("+0.54 [+0.5")
+    assert said["recall"] == ""
+    baseline, _ = ablations.summarise("off", ablations.BASELINE, kept, 3)
+    assert (baseline["gain"], baseline["relative"]) == (0, 0)
 
 
 # Data efficiency
-
-
-def test_questions_become_samples_and_answers_an_entry(efficiency: ModuleType) -> None:
-    turns = (
-        Turn("user", "<image>\nWhat shape?"), Turn("assistant", "circle"), Turn("user", "Is it red?"),
-        Turn("assistant", "no"), Turn("user", "Is it blue?"), Turn("assistant", "no"),
-    )  # fmt: skip
-    record = Sample("a", 1, 7, (Path("a.png"),), turns)
-    asked = efficiency.questions_of(record)
-    assert [sample.turns[0].text for sample in asked] == [
-        "<image>\nWhat shape?", "<image>\nIs it red?", "<image>\nIs it blue?",
-    ]  # fmt: skip
-    assert [sample.turns[1].text for sample in asked] == ["circle", "no", "no"]
-    assert len({sample.sample_id for sample in asked}) == 3
-    assert {(sample.group, sample.images) for sample in asked} == {(7, record.images)}
-    assert efficiency.answers_of(record).turns[1].text == "circle no"
 
 
 def test_the_share_that_reaches_the_baseline_is_read_off_the_means(efficiency: ModuleType) -> None:

@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tinyalign.evaluation import ArmRow, KeptRuns, over_seeds, page_figure, plot_arms, setting_name, write_csv
+from tinyalign.evaluation import (
+    ArmRow,
+    KeptRuns,
+    compare_seeds,
+    markdown_table,
+    over_seeds,
+    page_figure,
+    plot_arms,
+    setting_name,
+    write_csv,
+)
+from tinyalign.theory import NLLTable
 
 BY = ("cell", "seed")
 
@@ -67,9 +78,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 def test_a_setting_is_named_by_all_its_facts() -> None:
     facts = (8000, {"rate": 1e-3}, ("a", Path("b")))
-    names = {setting_name(*facts), setting_name(*facts[:2]), setting_name(8000, {"rate": 1e-4}, facts[2])}
+    names = {setting_name(facts), setting_name(facts[:2]), setting_name((8000, {"rate": 1e-4}, facts[2]))}
     assert len(names) == 3
-    assert setting_name(*facts) == setting_name(8000, {"rate": 0.001}, ["a", "b"])
+    assert setting_name(facts) == setting_name([8000, {"rate": 0.001}, ["a", "b"]])
 
 
 def test_seeds_give_student_intervals() -> None:
@@ -77,6 +88,33 @@ def test_seeds_give_student_intervals() -> None:
     found = over_seeds(values)
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), low, high))
+
+
+def test_an_arm_is_compared_in_pairs_over_seeds_and_over_samples() -> None:
+    rng = np.random.default_rng(0)
+    base, better, gains, ratios = [], [], [], []
+    for seed in range(3):
+        nll, tokens = rng.uniform(2, 4, 50), rng.integers(5, 9, 50)
+        lower = nll - 0.2 - 0.1 * seed + rng.normal(0, 0.05, 50)
+        base.append(NLLTable(nll, tokens))
+        better.append(NLLTable(lower, tokens))
+        gains.append(float((nll - lower).mean()))
+        ratios.append(lower.sum() / nll.sum())
+    found = compare_seeds(better, base)
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(gains), scale=stats.sem(gains))
+    assert (found.gain.value, found.gain.low, found.gain.high) == pytest.approx((np.mean(gains), low, high))
+    assert found.relative == pytest.approx(np.mean(ratios) - 1)
+    assert found.gain_of_samples.value == pytest.approx(np.mean(gains))
+    assert found.gain_of_samples.n == 150
+    assert found.gain.low < found.gain_of_samples.low < found.gain.value < found.gain_of_samples.high < found.gain.high
+    assert found.per_token.value == pytest.approx(np.mean([table.nll.sum() / table.tokens.sum() for table in better]))
+    with pytest.raises(ValueError, match=r"compare_seeds: arm must have a table for each seed .*, got 2 for 3"):
+        compare_seeds(better[:2], base)
+
+
+def test_a_table_for_a_page() -> None:
+    said = markdown_table([{"": "off", "ce": "0.3"}, {"": "bank", "ce": "0.2"}])
+    assert said == "|  | ce |\n| --- | --- |\n| off | 0.3 |\n| bank | 0.2 |\n"
 
 
 def test_a_table_is_read_back(tmp_path: Path) -> None:

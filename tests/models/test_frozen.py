@@ -11,12 +11,27 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tinyalign.data import DigitScenes, LlavaCollator
-from tinyalign.memory import AttentionPooledKey
+from tinyalign.memory import AttentionPooledKey, Neighbours
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
-from tinyalign.models.frozen import compress_samples, find_neighbours, freeze_samples, frozen_bank
+from tinyalign.models.frozen import (
+    FoundNeighbours,
+    caption_recall,
+    compress_samples,
+    find_neighbours,
+    freeze_samples,
+    frozen_bank,
+    pixel_latents,
+)
 from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
 from tinyalign.models.tiny import write_tiny_parts
-from tinyalign.perceiver import PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import (
+    PerceiverCompressor,
+    PerceiverEncoder,
+    PerceiverPretrainer,
+    PerceiverSizes,
+    PixelPerceiver,
+)
+from tinyalign.perceiver.pixels import TOKEN_CHANNELS
 
 SIZES = PerceiverSizes(token_dim=16, num_latents=3, latent_dim=8, num_self_attends=1, num_heads=2)
 
@@ -126,6 +141,30 @@ def test_the_compressor_learns_and_is_frozen_afterwards(world: Any) -> None:
     assert not any(weight.requires_grad for weight in encode.encoder.compressor.parameters())
     texts = [note["text"] for note in world.bank.metadata(world.bank.ids)]
     assert texts[0] == world.scenes[0].turns[1].text
+
+
+def test_the_papers_values_read_pixels_and_bytes(world: Any) -> None:
+    encoder = PerceiverEncoder(TOKEN_CHANNELS, num_latents=3, latent_dim=8, num_self_attends=1, num_heads=2)
+    perceiver = PixelPerceiver(encoder, image_size=32, vocab_size=262).eval()
+    part = world.frozen.take([0, 5, 9, 10, 31])
+    found = pixel_latents(part, perceiver, world.encode.image_processor, batch_size=2)
+    assert found.shape == (5, 3, 8)
+    for row, sample in enumerate(part.samples):
+        pixels = world.encode.image_processor(images=[sample.images[0]], return_tensors="pt")["pixel_values"]
+        text = " ".join(turn.text for turn in sample.turns if turn.role == "assistant")
+        ids = torch.tensor([[4, *(6 + byte for byte in text.encode()), 5]])  # the byte vocabulary of Perceiver IO
+        torch.testing.assert_close(found[row], perceiver(pixels, ids)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_recall_counts_samples_with_a_neighbour_of_the_same_words(world: Any) -> None:
+    """By hand: neighbours are given as places in the bank, which holds the samples in their order."""
+    part = world.frozen.take([0, 1, 2, 5])
+    texts = [note["text"] for note in world.bank.metadata(world.bank.ids)]
+    other = next(at for at, text in enumerate(texts) if text != texts[2])
+    rows = torch.tensor([[0, 7], [3, 1], [other, -1], [-1, -1]])
+    ids = torch.where(rows < 0, -1, world.bank.ids[rows])
+    found = FoundNeighbours(world.bank, Neighbours(torch.zeros(4, 2), ids, ids >= 0))
+    assert caption_recall(part, found) == 0.5
 
 
 def test_bad_input_is_named(world: Any) -> None:

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from tinyalign.evaluation.local_tasks import local_task
     from tinyalign.evaluation.plots import ArmRow, page_figure, plot_arms
     from tinyalign.evaluation.scores import exact_match, yes_no_scores
-    from tinyalign.evaluation.studies import KeptRuns, over_seeds, setting_name, write_csv
+    from tinyalign.evaluation.studies import (
+        KeptRuns,
+        SeedComparison,
+        compare_seeds,
+        markdown_table,
+        over_seeds,
+        setting_name,
+        write_csv,
+    )
 
 _MODULE_OF = {
     "Answer": "asking",
@@ -21,8 +29,11 @@ _MODULE_OF = {
     "Asker": "asking",
     "KeptRuns": "studies",
     "Question": "asking",
+    "SeedComparison": "studies",
+    "compare_seeds": "studies",
     "exact_match": "scores",
     "local_task": "local_tasks",
+    "markdown_table": "studies",
     "over_seeds": "studies",
     "page_figure": "plots",
     "plot_arms": "plots",
@@ -37,8 +48,11 @@ __all__ = [
     "Asker",
     "KeptRuns",
     "Question",
+    "SeedComparison",
+    "compare_seeds",
     "exact_match",
     "local_task",
+    "markdown_table",
     "over_seeds",
     "page_figure",
     "plot_arms",

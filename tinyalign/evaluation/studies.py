@@ -7,23 +7,24 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyalign.theory import Estimate, NLLTable, delta_emi
 from tinyalign.theory.intervals import RatioInterval, ratio_interval
 
 Run = dict[str, Any]
 
 
-def setting_name(*facts: Any) -> str:
+def setting_name(facts: Sequence[Any]) -> str:
     """Name the setting of a study: the same facts give the same 12 letters, others give others.
 
     Args:
         facts: whatever a run's result depends on; what JSON does not know goes in as text.
 
     Example:
-        >>> setting_name(8000, "trained") == setting_name(8000, "trained") != setting_name(4000, "trained")
+        >>> setting_name([8000, "trained"]) == setting_name([8000, "trained"]) != setting_name([4000, "trained"])
         True
     """
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:12]
@@ -62,8 +63,8 @@ class KeptRuns:
                 run = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"KeptRuns: {self.path} must hold a JSON object on each line, got {line[:40].decode(errors='replace')!r} on line {number}. "
-                    f"Delete that line: its run is made again."
+                    f"KeptRuns: {self.path} must hold a JSON object on each line, got "
+                    f"{line[:40].decode(errors='replace')!r} on line {number}. Delete that line: its run is made again."
                 ) from error
             if run["setting"] == setting:
                 self._runs[self._key(run)] = run
@@ -107,6 +108,58 @@ def over_seeds(values: Sequence[float]) -> RatioInterval:
     return ratio_interval(numbers, np.ones(len(numbers)), np.arange(len(numbers)), method="t")
 
 
+class SeedComparison(NamedTuple):
+    """An arm beside the baseline of the same seeds.
+
+    Args:
+        per_token: its cross-entropy over seeds, in nats per token.
+        relative: the mean over seeds of its change to the baseline's, 0.1 for 10 % more.
+        gain: what it uses more than the baseline over seeds, in nats per sample: its interval speaks of new runs.
+        gain_of_samples: likewise over all samples: its interval speaks of new samples for these runs.
+    """
+
+    per_token: RatioInterval
+    relative: float
+    gain: RatioInterval
+    gain_of_samples: Estimate
+
+
+def compare_seeds(arm: Sequence[NLLTable], baseline: Sequence[NLLTable]) -> SeedComparison:
+    """Compare an arm with the baseline, seed by seed and sample by sample.
+
+    Args:
+        arm: held-out samples under the arm, one table per seed; each seed may have samples of its own.
+        baseline: the same samples under the baseline of the same seed.
+
+    Raises:
+        ValueError: another number of seeds.
+        TableMismatch: the tables of a seed do not speak of the same targets.
+
+    Example:
+        >>> worse, better = NLLTable([4.0, 6.0, 5.0], [2, 2, 2]), NLLTable([3.0, 5.5, 4.0], [2, 2, 2])
+        >>> found = compare_seeds([better, better], [worse, worse])
+        >>> f"{found.relative:+.0%}, {found.gain.value:.2f} nats per sample"
+        '-17%, 0.83 nats per sample'
+    """
+    if len(arm) != len(baseline) or not arm:
+        raise ValueError(
+            f"compare_seeds: arm must have a table for each seed of the baseline, got {len(arm)} for {len(baseline)}. "
+            f"Compare seeds that both were run with."
+        )
+    pairs = list(zip(baseline, arm, strict=True))
+    return SeedComparison(
+        per_token=over_seeds([table.per_token for table in arm]),
+        relative=float(np.mean([own.per_token / base.per_token - 1 for base, own in pairs])),
+        gain=over_seeds([delta_emi(base, own).value for base, own in pairs]),
+        gain_of_samples=delta_emi(_together(baseline), _together(arm)),
+    )
+
+
+def _together(tables: Sequence[NLLTable]) -> NLLTable:
+    nll, tokens = (np.concatenate([getattr(table, name) for table in tables]) for name in ("nll", "tokens"))
+    return NLLTable(nll, tokens)
+
+
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows of the same fields, with those as the first line.
 
@@ -125,3 +178,20 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of the same fields as a Markdown table, as it goes into a page.
+
+    Args:
+        rows: at least one; the keys are the first line.
+
+    Example:
+        >>> print(markdown_table([{"": "off", "accuracy": "0.5"}, {"": "bank", "accuracy": "0.6"}]), end="")
+        |  | accuracy |
+        | --- | --- |
+        | off | 0.5 |
+        | bank | 0.6 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

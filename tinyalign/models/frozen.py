@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyalign.data import LlavaCollator, Sample
+from tinyalign.data import LlavaCollator, Sample, load_image
 from tinyalign.memory import KeyTransform, MemoryBank, Neighbours
 from tinyalign.models.processor import TinyAlignProcessor
 from tinyalign.models.retrieval import arm_neighbours
 from tinyalign.models.sample_encoder import SampleEncoder, caption_of
+from tinyalign.perceiver import caption_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,27 @@ def compress_samples(part: FrozenSamples, encode: SampleEncoder, *, batch_size: 
     )
 
 
+@torch.no_grad()
+def pixel_latents(part: FrozenSamples, perceiver: nn.Module, image_processor: Any, *, batch_size: int = 100) -> Tensor:
+    """Latents of every sample as the paper's release makes them: from raw pixels and the bytes of the caption.
+
+    Args:
+        part: the samples.
+        perceiver: a `PixelPerceiver`, or the faster `FoldedPixelPerceiver` of one.
+        image_processor: gives its pixels.
+        batch_size: samples at once.
+
+    Shape:
+        returns: (n, L, latent_dim).
+    """
+    found = []
+    for at in range(0, len(part), batch_size):
+        samples = part.samples[at : at + batch_size]
+        pixels = image_processor(images=[load_image(s.images[0]) for s in samples], return_tensors="pt")["pixel_values"]
+        found.append(perceiver(pixels, *caption_bytes([caption_of(sample) for sample in samples])))
+    return torch.cat(found)
+
+
 def frozen_bank(
     part: FrozenSamples,
     values: Tensor,
@@ -220,3 +242,15 @@ def find_neighbours(
     queries = part.queries[part.image_of] if queries is None else queries
     ids, groups = part.rows["sample_ids"], part.rows["groups"]
     return FoundNeighbours(memory, arm_neighbours(memory, arm, queries, k=k, sample_ids=ids, groups=groups, seed=seed))
+
+
+def caption_recall(part: FrozenSamples, found: FoundNeighbours) -> float:
+    """Share of samples one of whose neighbours says the very same of its image.
+
+    Args:
+        part: the samples.
+        found: their neighbours, in a bank that `frozen_bank` made.
+    """
+    said = [{note["text"] for note in found.memory.metadata(row[row >= 0])} for row in found.neighbours.ids]
+    hits = [caption_of(sample) in texts for sample, texts in zip(part.samples, said, strict=True)]
+    return sum(hits) / len(hits)
