@@ -120,8 +120,8 @@ def test_intervals_are_as_wide_as_their_level_says() -> None:
     labels = np.digitize(y[:, 0], [-1.0, 0.0, 1.0])
     for level, quantile in ((0.95, 1.959964), (0.5, 0.67449)):
         counted = entropy(labels, level=level)
-        # Both ends are entropies from which the estimate is just so far that it would be rejected: the variance there is
-        # that of the surprise, in proportion to what is lacking to even outcomes, and 3 / (2 n^2) at evenness.
+        # Each end is an entropy that the estimate would just reject: the variance there is that of the surprise, in
+        # proportion to what is lacking to even outcomes, and 3 / (2 n^2) at evenness.
         share = np.bincount(labels) / len(labels)
         lacking = float(share @ np.log(4 * share))
         slope = float(share @ np.log(share) ** 2 - (share @ np.log(share)) ** 2) / lacking / len(labels)

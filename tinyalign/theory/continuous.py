@@ -20,7 +20,7 @@ from tinyalign.theory.divergence import PLANE_KS, THIN, Divergence, Search, extr
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import information_interval
-from tinyalign.theory.nearest import ksg_interval
+from tinyalign.theory.neighbours import SHARED
 from tinyalign.theory.smooth import smooth_test
 
 __all__ = ["continuous_information"]
@@ -215,9 +215,8 @@ def _corrected(
     if gap > _SINGULAR * math.log(PLANE_KS[-1] / PLANE_KS[0]):
         warnings += (_DETERMINISTIC,)
     value = float(law.pointwise().mean()) + divergence
-    points, split = check.search.points, check.search.split
-    error, quantile = ksg_interval(points[:, :split], points[:, split:], PLANE_KS[0], level)
-    half = quantile * error + 0.5 * abs(gap)
+    error = SHARED * float(check.search.terms[:, 0].std()) / math.sqrt(n)
+    half = float(ndtri(0.5 + level / 2)) * error + 0.5 * abs(gap)
     doubt = max(abs(gap), abs(shift))
     warnings += (
         f"bias: no elliptical copula fits, so nearest neighbours were used, corrected by {shift:+.3f} nats; a bias "

@@ -25,8 +25,7 @@ PLANE_KS, SPACE_KS = [4, 16], [4, 8, 16]
 THIN = 1500  # samples whose neighbours test a law in more than two dimensions
 _CLEAR = 0.05  # nats: neighbours are biased toward zero there, so more than this on top of a law speaks against it
 _REJECT = 3.0  # standard errors of the divergence
-# Neighbouring samples share neighbours, so the mean of their terms varies more than if they were independent.
-_SHARED = 1.3
+_SHARED = 1.3  # at k = 16 more neighbours are shared than at the 4 of `neighbours.SHARED`
 # Bias of KSG on a bivariate normal of information I at n samples: slope * I * (5000 / n)^power, fitted to simulations
 # over correlations 0 to 0.98 and n from 2,000 to 10,000 (tests/theory/test_continuous.py repeats one of them).
 _PLANE_BIAS = {4: (0.0110, 0.42), 16: (0.0155, 0.40)}

@@ -12,7 +12,7 @@ from scipy.special import digamma, xlogy
 from tinyalign.theory._input import as_labels, as_matrix, as_numpy, check_level
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import entropy_interval
-from tinyalign.theory.neighbours import kth_distances, subset_interval
+from tinyalign.theory.neighbours import kth_distances, neighbour_interval
 
 __all__ = ["DISCRETE_METHODS", "discrete_entropy", "entropy", "knn_entropy"]
 
@@ -238,33 +238,22 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     warnings = duplicate_warnings(points, "x")
     if warnings and len(np.unique(points, axis=0)) <= k:
         return Estimate(-math.inf, -math.inf, -math.inf, method="knn", n=len(points), warnings=warnings, level=level)
-    wide = min(4 * k, len(points) - 1)
-    local, coarse = _local_entropy(points, [k, wide])
+    local, spread = neighbour_interval(lambda rows, ks: _local_entropy(points[rows], ks), len(points), k, level)
     value = float(local.mean())
-    drift = float(coarse.mean()) - value
-    error, quantile = subset_interval(
-        lambda rows: float(_local_entropy(points[rows], [k])[0].mean()), len(points), k, level
-    )
     if points.shape[1] > 5:
         warnings += (
             f"dimension: {points.shape[1]} dimensions; nearest neighbours are biased upward at this sample size",
         )
-    if abs(drift) > max(2 * error, 0.02):
-        warnings += (
-            f"bias: the estimate moves by {drift:+.3f} nats from k = {k} to {wide}; edges or dimension bias it by "
-            "about as much",
-        )
-    half = quantile * error + 0.5 * abs(drift)
     return Estimate(
         value,
-        value - half,
-        value + half,
+        value - spread.half,
+        value + spread.half,
         method="knn",
         n=len(points),
         samples=local,
-        warnings=warnings,
+        warnings=warnings + spread.warnings,
         level=level,
-        std_error=error,
+        std_error=spread.error,
         details={"k": k},
     )
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import digamma
 
 from tinyalign.theory._input import as_labels, as_matrix, check_level
 from tinyalign.theory.counting import count_within, counts_within
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
-from tinyalign.theory.neighbours import kth_distance, kth_distances, subset_interval
+from tinyalign.theory.neighbours import SHARED, kth_distance, kth_distances, neighbour_interval
 
-__all__ = ["conditional_ksg", "ksg", "ksg_interval", "ksg_local", "ksg_terms", "mixed_ksg", "ross"]
+__all__ = ["conditional_ksg", "ksg", "ksg_local", "ksg_terms", "mixed_ksg", "ross"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -64,7 +63,7 @@ def ksg(
     if standardize:
         left, right = _unit(left), _unit(right)
     return _finish(
-        lambda rows: ksg_local(left[rows], right[rows], [k], variant)[0], len(left), k, level, f"ksg{variant}",
+        lambda rows, ks: ksg_local(left[rows], right[rows], ks, variant), len(left), k, level, f"ksg{variant}",
         warnings + dimension_warning(left.shape[1], right.shape[1]),
     )  # fmt: skip
 
@@ -97,43 +96,6 @@ def ksg_terms(x: FloatArray, y: FloatArray, radii: FloatArray, ks: list[int], ro
     table = _digamma_table(n)
     inside_x, inside_y = counts_within(x, radii, rows=rows), counts_within(y, radii, rows=rows)
     return np.asarray(table[n] + table[ks] - table[inside_x + 1] - table[inside_y + 1])
-
-
-def ksg_interval(
-    x: FloatArray, y: FloatArray, k: int, level: float, *, subsets: int = 10, seed: int = 0
-) -> tuple[float, float]:
-    """Extrapolate the standard error of the KSG estimate from disjoint subsets, searched in one tree.
-
-    The subsets are moved far apart, so that neighbours are found within each; they hold a part of the samples where
-    these are many.
-
-    Args:
-        x: samples.
-        y: samples, row by row with x.
-        k: which neighbour.
-        level: nominal coverage.
-        subsets: number of them; fewer where a subset would hold under 4 (k + 1) points.
-        seed: of the random split.
-
-    Returns:
-        The standard error and the Student quantile that goes with it; NaN and NaN where n is too small.
-
-    Source:
-        Holmes and Nemenman 2019, arXiv 1903.09280.
-    """
-    n = len(x)
-    size = max(min(n // subsets, max(200, n // (5 * subsets))), 4 * (k + 1))
-    parts = min(subsets, n // size)
-    if parts < 3:
-        return float("nan"), float("nan")
-    rows = np.random.default_rng(seed).permutation(n)[: parts * size]
-    left, right = x[rows], y[rows]
-    apart = 3.0 * max(float(np.ptp(left)), float(np.ptp(right))) * np.repeat(np.arange(parts), size)
-    left[:, 0] += apart
-    right[:, 0] += apart
-    values = ksg_local(left, right, [k])[0].reshape(parts, size).mean(axis=1)
-    error = float(values.std(ddof=1) * math.sqrt(size / n))
-    return error, float(stats.t.ppf(0.5 + level / 2, parts - 1))
 
 
 def _digamma_table(n: int) -> FloatArray:
@@ -195,7 +157,11 @@ def ross(x: Any, labels: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
         raise ValueError(
             f"ross: labels must repeat, got {len(points)} samples of repeated labels. Treat y as continuous."
         )
-    return _finish(lambda rows: _ross_local(points[rows], codes[rows], k), len(points), k, level, "ross", warnings)
+
+    def local(rows: IntArray, ks: list[int]) -> list[FloatArray]:
+        return [_ross_local(points[rows], codes[rows], near) for near in ks]
+
+    return _finish(local, len(points), k, level, "ross", warnings)
 
 
 def _ross_local(points: FloatArray, codes: IntArray, k: int) -> FloatArray:
@@ -244,10 +210,17 @@ def mixed_ksg(x: Any, y: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     """
     left, right = paired(x, y, k, "mixed_ksg")
     left, right = _unit(left), _unit(right)
-    return _finish(
-        lambda rows: _mixed_local(left[rows], right[rows], k), len(left), k, level, "mixed_ksg",
-        dimension_warning(left.shape[1], right.shape[1]),
-    )  # fmt: skip
+
+    def local(rows: IntArray, ks: list[int]) -> list[FloatArray]:
+        return [_mixed_local(left[rows], right[rows], near) for near in ks]
+
+    # Pairs that repeat share their neighbours exactly, and their terms have no noise of neighbours.
+    _, place, count = np.unique(np.hstack([left, right]), axis=0, return_inverse=True, return_counts=True)
+    tied = float((count[place.reshape(-1)] > k).mean())
+    warnings = dimension_warning(left.shape[1], right.shape[1])
+    if tied == 1.0:
+        warnings += ("labels: every pair of values repeats; as integers they are counted, which is more exact",)
+    return _finish(local, len(left), k, level, "mixed_ksg", warnings, shared=1.0 + (SHARED - 1.0) * (1.0 - tied))
 
 
 def _mixed_local(x: FloatArray, y: FloatArray, k: int) -> FloatArray:
@@ -324,10 +297,11 @@ def conditional_ksg(x: Any, y: Any, z: Any, *, k: int = 4, level: float = 0.95) 
     warnings = duplicate_warnings(left, "x") + duplicate_warnings(right, "y") + duplicate_warnings(given, "z")
     left, right, given = _unit(left), _unit(right), _unit(given)
     warnings += dimension_warning(left.shape[1] + given.shape[1], right.shape[1])
-    return _finish(
-        lambda rows: _conditional_local(left[rows], right[rows], given[rows], k), len(left), k, level,
-        "conditional_ksg", warnings,
-    )  # fmt: skip
+
+    def local(rows: IntArray, ks: list[int]) -> list[FloatArray]:
+        return [_conditional_local(left[rows], right[rows], given[rows], near) for near in ks]
+
+    return _finish(local, len(left), k, level, "conditional_ksg", warnings)
 
 
 def _conditional_local(x: FloatArray, y: FloatArray, z: FloatArray, k: int) -> FloatArray:
@@ -370,19 +344,21 @@ def _unit(x: FloatArray) -> FloatArray:
     return np.asarray((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1.0))
 
 
-def _finish(local: Any, n: int, k: int, level: float, method: str, warnings: tuple[str, ...]) -> Estimate:
-    terms = local(np.arange(n))
+def _finish(
+    local: Callable[[IntArray, list[int]], list[FloatArray]], n: int, k: int, level: float, method: str,
+    warnings: tuple[str, ...], *, shared: float = SHARED,
+) -> Estimate:  # fmt: skip
+    terms, spread = neighbour_interval(local, n, k, level, shared=shared)
     value = float(terms.mean())
-    error, quantile = subset_interval(lambda rows: float(local(rows).mean()), n, k, level)
     return Estimate(
         value,
-        value - quantile * error,
-        value + quantile * error,
+        value - spread.half,
+        value + spread.half,
         method=method,
         n=n,
         samples=terms,
-        warnings=warnings,
+        warnings=warnings + spread.warnings,
         level=level,
-        std_error=error,
+        std_error=spread.error,
         details={"k": k},
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +14,18 @@ from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]
 
 from tinyalign.theory.counting import TREE_DIMENSIONS, chebyshev_tree, distance_blocks
 
-__all__ = ["kth_distance", "kth_distances", "subset_interval"]
+__all__ = ["SHARED", "Spread", "kth_distance", "kth_distances", "neighbour_interval", "subset_interval"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+# Neighbouring samples share neighbours, so a mean of their terms varies more than if they were independent: 1.1 to 1.3
+# times over smooth and edged laws of 1 to 4 columns (benchmarks/interval_coverage.py).
+SHARED = 1.2
+_TERMS_FREEDOM = 30  # degrees of freedom that the spread of the terms is worth beside that over subsets
+_SUBSET = 25  # samples a neighbour that a subset needs: smaller ones vary less than 1 / n says
+_WIDE = 16  # times as many neighbours, and at most a part of n by it, show a bias
+_CLEAR = 2.0  # standard errors of what they change
+_BIASED = 0.25  # standard errors of the estimate
 
 
 def kth_distance(points: FloatArray, k: int, queries: FloatArray | None = None) -> FloatArray:
@@ -95,3 +105,57 @@ def subset_interval(
     values = np.array([estimate(np.sort(rows)) for rows in np.array_split(order, parts)])
     error = float(values.std(ddof=1) / np.sqrt(parts))
     return error, float(stats.t.ppf(0.5 + level / 2, parts - 1))
+
+
+class Spread(NamedTuple):
+    """Standard error of a mean of neighbours' terms, half of its interval, and what the interval does not hold."""
+
+    error: float
+    half: float
+    warnings: tuple[str, ...]
+
+
+def neighbour_interval(
+    local: Callable[[IntArray, list[int]], list[FloatArray]], n: int, k: int, level: float, *, shared: float = SHARED
+) -> tuple[FloatArray, Spread]:
+    """Terms of a nearest-neighbour estimate, its standard error and its interval.
+
+    The error is that of the mean of the terms, pooled with the spread over disjoint subsets where these are large
+    enough. A bias cannot be seen at one k: it is read off the change from some to many more neighbours, whose
+    noise is not that of the estimate, and where it is clear it widens the interval and is said.
+
+    Args:
+        local: from row numbers and neighbours to the terms of each.
+        n: number of samples.
+        k: which neighbour.
+        level: nominal coverage.
+        shared: by how much sharing neighbours raises the error of the mean.
+
+    Source:
+        Holmes and Nemenman 2019, arXiv 1903.09280, for the subsets and for comparing neighbours.
+    """
+    wide = min(_WIDE * k, n // _WIDE)
+    middle = round(math.sqrt(k * wide))
+    terms, *coarse = local(np.arange(n), [k, middle, wide] if k < middle < wide else [k])
+    count = len(terms)
+    error = shared * float(terms.std(ddof=1)) / math.sqrt(count)
+    freedom = float(_TERMS_FREEDOM)
+    if n >= 3 * _SUBSET * (k + 1):
+        parts = min(10, n // (_SUBSET * (k + 1)))
+        of_subsets, _ = subset_interval(lambda rows: float(local(rows, [k])[0].mean()), n, k, level, subsets=parts)
+        freedom += parts - 1
+        error = math.sqrt((_TERMS_FREEDOM * error**2 + (parts - 1) * of_subsets**2) / freedom)
+    half = float(stats.t.ppf(0.5 + level / 2, min(freedom, count - 1))) * error
+    if not coarse:
+        return terms, Spread(error, half, ())
+    apart = coarse[0] - coarse[1]
+    drift = float(apart.mean())
+    # At sharp edges the bias grows with the root of k, elsewhere faster.
+    bias = drift / (math.sqrt(wide / k) - math.sqrt(middle / k))
+    if abs(drift) <= _CLEAR * SHARED * float(apart.std()) / math.sqrt(count) or abs(bias) < _BIASED * error:
+        return terms, Spread(error, half, ())
+    line = (
+        f"bias: the estimate moves by {-drift:+.3f} nats from k = {middle} to {wide}; edges, strong dependence or "
+        f"dimension bias it, by up to about {bias:.3f} nats at k = {k}, by which the interval is widened"
+    )
+    return terms, Spread(error, half + abs(bias), (line,))
