@@ -339,6 +339,11 @@ def test_autocast_changes_the_precision_only(fusion, text_dim):
     got.float().square().sum().backward()
 
 
+def test_sizes_come_by_name():
+    with pytest.raises(TypeError, match=r"sizes must be PerceiverSizes, got {'num_latents': 4}. Write PerceiverSizes"):
+        PerceiverCompressor(12, sizes={"num_latents": 4})
+
+
 def test_ids_may_be_any_integers_and_a_mask_is_none():
     compressor = PerceiverCompressor(12, vocab_size=40, sizes=SIZES)
     image, ids = torch.randn(2, 7, 12), torch.randint(0, 40, (2, 5))

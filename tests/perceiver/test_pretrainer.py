@@ -339,6 +339,11 @@ def test_impossible_settings_are_refused(arguments, message):
         build(**arguments)
 
 
+def test_weights_come_by_name():
+    with pytest.raises(TypeError, match=r"loss_weights must be LossWeights, got {'image': 0.1}. Write LossWeights"):
+        build(weights={"image": 0.1})
+
+
 def test_what_has_no_weight_is_not_built():
     names = {name.split(".")[0] for name, _ in build(weights=LossWeights(image=0.0)).named_parameters()}
     assert names == {"compressor", "text_reader", "bag_reader"}

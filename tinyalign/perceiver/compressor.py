@@ -71,9 +71,10 @@ class PerceiverCompressor(nn.Module):
         image_mask: (B, N), bool. text_mask: (B, T), bool. returns: (B, L, latent_dim), dtype of the weights.
 
     Raises:
-        ValueError: a wrong width or mask shape; text of the other kind than the compressor was built for; a token id
-            outside the table (not looked for in a training step on a GPU, which would have to wait for it).
-        TypeError: a mask that is not boolean, token ids that are not integers.
+        ValueError: a wrong width or mask shape; text of the other kind than the compressor was built for, or ids that
+            are not integers; a token id outside the table (not looked for in a training step on a GPU, which would have
+            to wait for it).
+        TypeError: a mask that is not boolean, image features that are integers, sizes that are not `PerceiverSizes`.
 
     Source:
         Tran et al., "TinyAlign", section 4.2 and Table 3. Deviations: patch features in place of pixels, a
@@ -105,6 +106,11 @@ class PerceiverCompressor(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("PerceiverCompressor", "image_dim", image_dim)
+        if not isinstance(sizes, PerceiverSizes):
+            raise TypeError(
+                f"PerceiverCompressor: sizes must be PerceiverSizes, got {sizes!r}. Write "
+                "PerceiverSizes(num_latents=16): what is not named keeps its default."
+            )
         if fusion not in ("balanced", "joint"):
             raise ValueError(
                 f"PerceiverCompressor: fusion must be 'balanced' or 'joint', got {fusion!r}. 'balanced' gives the "

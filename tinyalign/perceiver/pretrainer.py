@@ -80,6 +80,7 @@ class PerceiverPretrainer(nn.Module):
     Raises:
         ValueError: negative weights, a dropout outside [0, 1), a share outside [0, 1], fewer than one patch, a token id
             outside the compressor's table (as there).
+        TypeError: weights that are not `LossWeights`.
 
     Source:
         Reconstruction through a Perceiver IO decoder (Jaegle et al., 2022, arXiv 2107.14795, section 3.2);
@@ -108,6 +109,11 @@ class PerceiverPretrainer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(loss_weights, LossWeights):
+            raise TypeError(
+                f"PerceiverPretrainer: loss_weights must be LossWeights, got {loss_weights!r}. Write "
+                "LossWeights(image=0.1): what is not named keeps its default."
+            )
         for name, factor in loss_weights._asdict().items():
             if not 0.0 <= factor < float("inf"):
                 raise ValueError(
