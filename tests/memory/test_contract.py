@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +135,8 @@ def test_entries_by_id(filled):
     assert len(bank) == 60
     assert 100 in bank
     assert 7 not in bank
+    assert "100" not in bank
+    assert True not in bank
     assert bank.metadata([101, 100]) == [{"n": 101}, {}]
     unit = torch.nn.functional.normalize(keys, dim=-1)
     torch.testing.assert_close(bank.keys([105, 101]), unit[[5, 1]], atol=1e-3, rtol=0)
@@ -154,6 +157,7 @@ def test_removing(filled):
         bank.remove([101, 104])
     assert 101 in bank
     bank.add(keys[4:5], values[4:5], ids=[104])
+    assert bank.add(keys[:0], values[:0], ids=[], groups=[]).shape == (0,)
     assert int(bank.neighbours(keys[4:5], 1).ids) == 104
     assert bank.add(keys[:2], values[:2]).tolist() == [160, 161]
 
@@ -250,6 +254,22 @@ def test_expressions_and_values_in_the_same_call(random_bank, tmp_path, monkeypa
     with pytest.raises(BankError, match="where must keep at most 10 entries when it is no expression, got 35"):
         remote.neighbours(queries, where=lambda note: note["even"])
     remote.close()
+
+
+@pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
+def test_a_server_holds_values_in_16_bits(tmp_path, monkeypatch):
+    """What would be sent to a server and what it would send back; milvus-lite has 32 bits only."""
+    bank = milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3))
+    collection, sent = bank._collection, []
+    value = torch.arange(6.0).reshape(1, 2, 3) / 3
+    monkeypatch.setattr(collection, "half", True)
+    monkeypatch.setattr(collection.client, "insert", lambda name, rows: sent.extend(rows))
+    bank.add(torch.ones(1, 8), value, ids=[7])
+    assert sent[0]["value"].dtype == np.float16
+    stored = sent[0]["value"].tobytes()
+    for answer in (stored, [stored], value.flatten().tolist()):
+        assert torch.equal(collection.value({"value": answer}), value.flatten().half())
+    bank.close()
 
 
 @pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")

@@ -193,6 +193,19 @@ def test_note_offsets_of_a_forger(tmp_path, offsets):
         MemoryBank.load(tmp_path / "bank")
 
 
+def test_no_notes_of_a_forger(tmp_path):
+    """An empty file cannot be mapped."""
+    shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
+    offsets = min((tmp_path / "bank").rglob("note_offsets.bin"))
+    offsets.write_bytes(bytes(offsets.stat().st_size))
+    reseal(tmp_path / "bank", offsets)
+    (offsets.parent / "notes.bin").write_bytes(b"")
+    reseal(tmp_path / "bank", offsets.parent / "notes.bin")
+    bank = MemoryBank.load(tmp_path / "bank")
+    assert bank.metadata([0]) == [{}]
+    bank.verify()
+
+
 def test_notes_of_a_forger(tmp_path):
     for note, message in ((b"[123456", "JSON"), (b"[12345]", "dicts"), (b"\xff123456", "JSON")):
         shutil.rmtree(tmp_path / "bank", ignore_errors=True)

@@ -306,6 +306,45 @@ def test_a_full_disk_at_the_manifest(random_bank, tmp_path, monkeypatch):
     assert bank.commit() == 2
 
 
+@pytest.mark.parametrize("part", ["write_blocks", "write_json"])
+def test_any_other_error_of_the_disk_comes_through_and_leaves_nothing(random_bank, tmp_path, monkeypatch, part):
+    bank = random_bank()
+    bank.save(tmp_path / "bank")
+    bank.add(torch.ones(1, 8), torch.ones(1, 2, 3))
+
+    def broken(path, content):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, part, broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            bank.commit()
+    stored = MemoryBank.load(tmp_path / "bank")
+    stored.verify()
+    assert len(stored) == 40
+    if part == "write_blocks":
+        assert len(list((tmp_path / "bank" / "segments").iterdir())) == 1
+    assert bank.commit() == 2
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_in_the_middle_of_a_segment(random_bank, tmp_path, monkeypatch, error):
+    bank = random_bank()
+    bank.save(tmp_path / "bank")
+    bank.add(torch.ones(1, 8), torch.ones(1, 2, 3))
+    write = store.write_blocks
+
+    def fills_up(path, parts):
+        if path.name == "values.bin":
+            raise OSError(error, "no room")
+        return write(path, parts)
+
+    monkeypatch.setattr(store, "write_blocks", fills_up)
+    with pytest.raises(BankError, match=r"MemoryBank.commit: the disk of .* room for the new entries, got 'no room'"):
+        bank.commit()
+    assert len(list((tmp_path / "bank" / "segments").iterdir())) == 1
+
+
 def test_loading_maps_keys_and_values(saved):
     mapped = Path("/proc/self/maps")
     if not mapped.exists():
