@@ -240,7 +240,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return kind in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(kind)
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
