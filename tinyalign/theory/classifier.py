@@ -80,13 +80,14 @@ def classifier_information(x: Any, labels: Any, *, folds: int = 5, level: float 
     best = min(losses, key=lambda name: float(losses[name].mean()))
     loss = losses[best]
     half_trained = _cross_fit(_FITS[best], points, codes, fold, classes, 0.5, seed)
-    # CE(m) = CE + c / m: twice the loss at m less the loss at m / 2.
-    excess = max(0.0, float(half_trained.mean() - loss.mean()))
+    # CE(m) = CE + c / m: twice the loss at m less the loss at m / 2, by record, as its noise is part of the error.
+    excess = half_trained - loss if half_trained.mean() > loss.mean() else np.zeros(n)
     entropy = discrete_entropy(counts, "miller_madow")
     surprise = -np.log(counts / n)[codes]
     local = surprise - loss + excess + (entropy - float(surprise.mean()))
     value = float(local.mean())
-    error = float(local.std(ddof=1) / math.sqrt(n))
+    # The best of four, extrapolated: that step is taken to be as uncertain as it is large.
+    error = math.hypot(float(local.std(ddof=1)) / math.sqrt(n), float(excess.mean()))
     half = float(ndtri(0.5 + level / 2)) * error
     return Estimate(
         value,
@@ -99,7 +100,7 @@ def classifier_information(x: Any, labels: Any, *, folds: int = 5, level: float 
         candidates={f"classifier ({name})": entropy - float(item.mean()) for name, item in losses.items()},
         level=level,
         std_error=error,
-        details={"folds": folds, "extrapolated": excess},
+        details={"folds": folds, "extrapolated": float(excess.mean())},
     )
 
 

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-__all__ = ["IntervalMethod", "RatioInterval", "entropy_interval", "information_interval", "ratio_interval"]
+__all__ = [
+    "IntervalMethod",
+    "RatioInterval",
+    "entropy_interval",
+    "information_interval",
+    "inverted_interval",
+    "ratio_interval",
+]
 
 FloatArray = NDArray[np.float64]
 IntervalMethod = Literal["bootstrap-t", "bca", "t"]
@@ -187,11 +194,25 @@ def information_interval(value: float, local: FloatArray, freedom: int, level: f
         Wilson 1927 for the inversion; Brillinger 2004 for the two variances.
     """
     n = len(local)
-    quantile = float(special.ndtri(0.5 + level / 2))
     plugin = max(float(local.mean()), 1e-300)
     # Close to independence the variance of the log ratio is twice its mean.
     slope = float(local.var()) / plugin / n if plugin > 1e-12 else 2.0 / n
-    floor = freedom / (2.0 * n**2)
+    return inverted_interval(value, slope, freedom / (2.0 * n**2), level)
+
+
+def inverted_interval(value: float, slope: float, floor: float, level: float) -> tuple[float, float, float]:
+    """Invert the test of each amount of information under which the estimate has variance slope * amount + floor.
+
+    Args:
+        value: the estimate.
+        slope: variance of the estimate a nat of the truth.
+        floor: variance of the estimate where the truth is zero.
+        level: nominal coverage.
+
+    Returns:
+        Lower and upper end and the standard error at the estimate.
+    """
+    quantile = float(special.ndtri(0.5 + level / 2))
     centre = 2 * value + quantile**2 * slope
     root = math.sqrt(max(centre**2 - 4 * (value**2 - quantile**2 * floor), 0.0))
     at_zero = quantile * math.sqrt(floor)

@@ -25,6 +25,7 @@ _FEW_COLUMNS = 4
 _KS = {True: (4, 16), False: (16, 64)}  # many columns add up the noise of near neighbours
 _POWER = 0.75  # of k / n, with which the bias on a line grows: between a smooth law's and an edge's
 _DEPENDENT = 4.0  # standard errors of the squared correlations
+_SHARING = 1.5
 
 
 class Margins(NamedTuple):
@@ -33,11 +34,13 @@ class Margins(NamedTuple):
     Attributes:
         value: KL of the fitted laws, in nats.
         gap: by how much the sum over the margins changes between the two numbers of neighbours.
+        gap_error: standard error of the gap.
         samples: (n,) log ratios of the margins and copulas at the samples of p.
     """
 
     value: float
     gap: float
+    gap_error: float
     samples: FloatArray
 
 
@@ -64,7 +67,9 @@ def margins_divergence(p: FloatArray, q: FloatArray) -> Margins:
     local = terms[:, 0] + share * (terms[:, 0] - terms[:, 1])
     if width > 1:
         local = local + _copulas(p, q)
-    return Margins(float(local.mean()), gap, local)
+    # Samples of p share neighbours within p and in q.
+    gap_error = _SHARING * float((terms[:, 0] - terms[:, 1]).std()) / math.sqrt(len(p))
+    return Margins(float(local.mean()), gap, gap_error, local)
 
 
 def redraw(points: FloatArray, rng: np.random.Generator) -> FloatArray:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma, ndtri
+from scipy.special import digamma
 
 from tinyalign.theory._input import as_matrix, check_level
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
+from tinyalign.theory.intervals import inverted_interval
 from tinyalign.theory.kl_margins import margins_divergence, redraw
-from tinyalign.theory.neighbours import kth_distance, subset_interval
+from tinyalign.theory.neighbours import kth_distance, neighbour_interval, subset_interval
 
 __all__ = ["gaussian_kl", "kl_from_samples"]
 
@@ -22,7 +23,9 @@ IntArray = NDArray[np.int64]
 _METHODS = ("auto", "knn", "gaussian", "margins", "surrogate")
 _ACCEPT = 2.5
 _SHARED = 0.05
+_SHARING = 1.5  # samples of p share neighbours within p and in q (`neighbours.SHARED` is that of one sample)
 _BIASED = 0.03  # nats
+_CLEAR = 2.0  # standard errors
 _FLAT = 1e-6  # share of a column's spread that others leave
 _OUTSIDE = 0.01  # of the samples of p
 _SMALLEST = 20  # neighbours that a subset of margins must be able to hold
@@ -109,7 +112,7 @@ def kl_from_samples(
     local = _local(p, q, k)
     plain = float(local.mean())
     if method == "knn":
-        return _with_subsets(plain, p, q, k, level, "knn", {}, (*warnings, *_dimension(width)))
+        return _with_neighbours(plain, p, q, k, level, "knn", {}, (*warnings, *_dimension(width)))
     rng = np.random.default_rng(seed)
     drawn_p, drawn_q = _draw(law_p, rng, n), _draw(law_q, rng, len(q))
     ratio_data, ratio_drawn = _log_ratio(p, law_p, law_q), _log_ratio(drawn_p, law_p, law_q)
@@ -123,20 +126,17 @@ def kl_from_samples(
     noise = math.hypot(noise, _SHARED * abs(closed))
     normal = _looks_normal(p, law_p) and _looks_normal(q, law_q)
     if method == "gaussian" or (method == "auto" and normal and abs(missed) < _ACCEPT * noise):
-        error = _closed_error(law_p, law_q)
-        half = float(ndtri(0.5 + level / 2)) * error
+        low, high, error = _closed_interval(closed, law_p, law_q, level)
         return Estimate(
-            closed, closed - half, closed + half, method="gaussian", n=n, samples=ratio_data, candidates=candidates,
-            warnings=warnings, level=level, std_error=error,
+            closed, low, high, method="gaussian", n=n, samples=ratio_data, candidates=candidates, warnings=warnings,
+            level=level, std_error=error,
         )  # fmt: skip
     if method == "surrogate" or (method == "auto" and normal):
-        correction = surrogate - plain
-        if abs(correction) > 0.05:
-            warnings += (
-                f"bias: nearest neighbours needed a correction of {correction:+.3f} nats; the interval does not hold "
-                "what it missed",
-            )
-        return _with_subsets(surrogate, p, q, k, level, "surrogate", candidates, warnings)
+        warnings += (
+            f"bias: nearest neighbours needed a correction of {surrogate - plain:+.3f} nats; the interval does not "
+            "hold what it missed",
+        )
+        return _with_neighbours(surrogate, p, q, k, level, "surrogate", candidates, warnings)
     return _by_margins(columns, (shift, root), local, (method, k, level), rng, candidates, warnings)
 
 
@@ -186,7 +186,7 @@ def _by_margins(
         return margins_divergence(p[rows], q[_in_step(rows, len(p), len(q))]).value
 
     error, quantile = subset_interval(part, len(p), _SMALLEST, level)
-    if abs(fitted.gap) > max(_BIASED, error):
+    if abs(fitted.gap) > max(_BIASED, _CLEAR * fitted.gap_error):
         warnings += (
             f"bias: the sum over the margins moves by {fitted.gap:+.3f} nats with the number of neighbours; p has mass "
             "where q has few samples, and a bias of that order may be left",
@@ -272,21 +272,22 @@ def _looks_normal(x: FloatArray, law: _Normal) -> bool:
     return bool(kurtosis < limit and skew < limit and tails < limit + 0.5)
 
 
-def _closed_error(p: _Normal, q: _Normal) -> float:
-    """Standard error of the closed form by the delta method on both means and covariances."""
+def _closed_interval(value: float, p: _Normal, q: _Normal, level: float) -> tuple[float, float, float]:
+    """Interval of the closed form: the delta method on both means and covariances, and chi-squares at equal laws."""
     inverse_q = np.linalg.inv(q.covariance)
     gap = p.mean - q.mean
     slope_mean = inverse_q @ gap
     slope_p = 0.5 * (inverse_q - np.linalg.inv(p.covariance))
     slope_q = 0.5 * (inverse_q - inverse_q @ (p.covariance + np.outer(gap, gap)) @ inverse_q)
     variance = slope_mean @ p.covariance @ slope_mean / p.n + slope_mean @ q.covariance @ slope_mean / q.n
-    for slope, law in ((slope_p, p), (slope_q, q)):
-        moved = slope @ law.covariance
+    for derivative, law in ((slope_p, p), (slope_q, q)):
+        moved = derivative @ law.covariance
         variance += 2.0 * float(np.trace(moved @ moved)) / law.n
-    width = len(p.mean)
-    # What is left where both laws agree: the variance of the chi-squares behind the estimate.
-    freedom = width + width * (width + 1) / 2
-    return math.sqrt(float(variance) + 0.5 * freedom * (1 / p.n + 1 / q.n) ** 2)
+    width, sizes = len(p.mean), 1 / p.n + 1 / q.n
+    volume_p, volume_q = (float(np.linalg.slogdet(law.covariance)[1]) for law in (p, q))
+    plugin = 0.5 * (float(np.trace(inverse_q @ p.covariance) + gap @ slope_mean) - width + volume_q - volume_p)
+    slope = float(variance) / plugin if plugin > 1e-9 else 2.0 * sizes
+    return inverted_interval(value, slope, 0.25 * width * (width + 3) * sizes**2, level)
 
 
 def _dimension(width: int) -> tuple[str, ...]:
@@ -300,25 +301,26 @@ def _in_step(rows: IntArray, n: int, m: int) -> IntArray:
     return np.unique((rows * (m / n)).astype(np.int64))
 
 
-def _with_subsets(
+def _with_neighbours(
     value: float, p: FloatArray, q: FloatArray, k: int, level: float, method: str, candidates: dict[str, float],
     warnings: tuple[str, ...],
 ) -> Estimate:  # fmt: skip
 
-    def part(rows: IntArray) -> float:
+    def local(rows: IntArray, ks: list[int]) -> list[FloatArray]:
         chosen = _in_step(rows, len(p), len(q))
-        return float(_local(p[rows], q[chosen], min(k, len(rows) - 2, len(chosen) - 1)).mean())
+        most = min(len(rows) - 2, len(chosen) - 1)
+        return [_local(p[rows], q[chosen], min(near, most)) for near in ks]
 
-    error, quantile = subset_interval(part, len(p), k, level)
+    _, spread = neighbour_interval(local, len(p), k, level, shared=_SHARING)
     return Estimate(
         value,
-        value - quantile * error,
-        value + quantile * error,
+        value - spread.half,
+        value + spread.half,
         method=method,
         n=len(p),
         candidates=candidates or {method: value},
-        warnings=warnings,
+        warnings=warnings + spread.warnings,
         level=level,
-        std_error=error,
+        std_error=spread.error,
         details={"k": k, "m": len(q)},
     )
