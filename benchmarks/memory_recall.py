@@ -1,9 +1,11 @@
 """Compare keys by what they retrieve, how crowded they are, and how many entries are everybody's neighbour.
 
-Recall@5 is the share of held-out questions with at least one neighbour of the same answer; "chance" is that of five
-entries drawn at random. Images are seen through frozen random features of their patches, so that no weights are needed:
-the numbers rank keys against one another, not against a trained tower. ``--data FILE.json`` (LLaVA format, images in a
-folder ``images`` beside it or under ``--images``) adds a file of yours to the digit scenes.
+Recall@5 is the share of held-out questions with at least one neighbour of the same answer, precision the share of such
+neighbours; "chance" is the recall of five entries drawn at random, "share" their precision. A sample of several
+questions counts as several entries, all of them held out or none. Images are seen through frozen random features of
+their patches, so that no weights are needed: the numbers rank keys against one another, not against a trained tower.
+``--data FILE.json`` (LLaVA format, images in a folder ``images`` beside it or under ``--images``) adds a file of yours
+to the digit scenes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +48,21 @@ def features(samples: Sequence[Sample]) -> Tensor:
     return F.relu((patches - patches.mean(-1, keepdim=True)) @ project)
 
 
-def question(sample: Sample) -> str:
-    return sample.turns[0].text.replace("<image>", "").strip()
+class Asked(NamedTuple):
+    """A question about an image, and its answer."""
+
+    sample: int
+    question: str
+    answer: str
+
+
+def questions(samples: Sequence[Sample]) -> list[Asked]:
+    """The first line of every question of every sample."""
+    return [
+        Asked(number, ask.text.replace("<image>", "").strip().splitlines()[0], answer.text)
+        for number, sample in enumerate(samples)
+        for ask, answer in zip(sample.turns[::2], sample.turns[1::2], strict=True)
+    ]
 
 
 def bag_of_words(texts: Sequence[str], folder: Path) -> Path:
@@ -62,14 +78,19 @@ def bag_of_words(texts: Sequence[str], folder: Path) -> Path:
 
 
 def compare_keys(name: str, memory: Sequence[Sample], held_out: Sequence[Sample]) -> None:
-    print(f"\n{name}: {len(memory)} entries, {len(held_out)} held-out questions, k = {K}")
-    print(f"  {'key':<46}{'recall':>8}{'precision':>11}{'chance':>8}{'hub skew':>10}{'mean cos':>10}")
+    known, asked = questions(memory), questions(held_out)
+    print(f"\n{name}: {len(known)} entries, {len(asked)} held-out questions, k = {K}")
+    print(f"  {'key':<46}{'recall':>8}{'chance':>8}{'precision':>11}{'share':>8}{'hub skew':>10}{'mean cos':>10}")
     pool = AttentionPooledKey()
-    image, image_query = (torch.cat([pool(features(part[i : i + 64])) for i in range(0, len(part), 64)])
-                          for part in (memory, held_out))  # fmt: skip
+    image, image_query = (
+        torch.cat([pool(features(part[i : i + 64])) for i in range(0, len(part), 64)])[
+            [each.sample for each in entries]
+        ]
+        for part, entries in ((memory, known), (held_out, asked))
+    )
     with tempfile.TemporaryDirectory() as folder:
-        words = SentenceTransformerKey(bag_of_words([question(s) for s in memory], Path(folder)), device="cpu")
-        text, text_query = (words.keys([question(s) for s in part]) for part in (memory, held_out))
+        words = SentenceTransformerKey(bag_of_words([each.question for each in known], Path(folder)), device="cpu")
+        text, text_query = (words.keys([each.question for each in part]) for part in (known, asked))
     white, centre = KeyTransform.fit(image, whiten=True, dim=48), KeyTransform.fit(image)
     near, near_query = (F.normalize(white(F.normalize(part, dim=-1)), dim=-1) for part in (image, image_query))
     both, both_query = concatenate_keys([near, text]), concatenate_keys([near_query, text_query])
@@ -80,15 +101,16 @@ def compare_keys(name: str, memory: Sequence[Sample], held_out: Sequence[Sample]
         ("question, SentenceTransformerKey (bag of words)", text, text_query, None),
         ("whitened image and question, concatenated", both, both_query, None),
     ]
-    answers = [s.turns[1].text for s in held_out]
-    notes = [{"answer": s.turns[1].text} for s in memory]
+    answers = [each.answer for each in asked]
+    notes = [{"answer": each.answer} for each in known]
+    share = sum(answers.count(each.answer) for each in known) / (len(known) * len(asked))
     for label, keys, queries, transform in rows:
         bank = MemoryBank(keys.shape[1], (1,), transform=transform)
         bank.add(keys, torch.zeros(len(keys), 1), metadata=notes)
         found, hubs = retrieval_report(bank, queries, answers, "answer", k=K), hub_report(bank, queries, k=K)
         crowd = anisotropy_report(keys, transform).mean_cosine
         print(
-            f"  {label:<46}{found.recall_at_k:>8.3f}{found.precision_at_k:>11.3f}{found.chance_at_k:>8.3f}"
+            f"  {label:<46}{found.recall_at_k:>8.3f}{found.chance_at_k:>8.3f}{found.precision_at_k:>11.3f}{share:>8.3f}"
             f"{hubs.skewness:>10.2f}{crowd:>10.3f}"
         )
 
@@ -107,7 +129,7 @@ def main() -> None:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
         held = max(1, min(400, len(samples) // 5))
         chosen = [samples[i] for i in order[: options.entries + held] if len(samples[i].images) == 1]
-        compare_keys(path.name, chosen[held:], chosen[:held])
+        compare_keys(f"{path.parent.name}/{path.name}", chosen[held:], chosen[:held])
 
 
 if __name__ == "__main__":

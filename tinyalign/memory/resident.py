@@ -84,8 +84,8 @@ class ResidentBank:
     def search(self, queries: Tensor, k: int = 5, *, exclude_ids: Any = None, exclude_groups: Any = None) -> Hits:
         """Return the k best entries of each query and their values, as ``MemoryBank.search`` does."""
         found = self.neighbours(queries, k, exclude_ids=exclude_ids, exclude_groups=exclude_groups)
-        values, mask = self.gather(found.ids)
-        return Hits(found.scores, found.ids, values, found.mask & mask)
+        values, _ = self.gather(found.ids)
+        return Hits(found.scores, found.ids, values, found.mask)
 
     def neighbours(
         self, queries: Tensor, k: int = 5, *, exclude_ids: Any = None, exclude_groups: Any = None
