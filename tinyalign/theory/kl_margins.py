@@ -18,14 +18,14 @@ from scipy.special import ndtri
 from tinyalign.theory.copula import fit_gaussian, normal_scores, rank_columns
 from tinyalign.theory.neighbours import kth_distances
 
-__all__ = ["Margins", "margins_divergence", "redraw"]
+__all__ = ["SHARING", "Margins", "margins_divergence", "redraw"]
 
 FloatArray = NDArray[np.float64]
 _FEW_COLUMNS = 4
 _KS = {True: (4, 16), False: (16, 64)}  # many columns add up the noise of near neighbours
 _POWER = 0.75  # of k / n, with which the bias on a line grows: between a smooth law's and an edge's
 _DEPENDENT = 4.0  # standard errors of the squared correlations
-_SHARING = 1.5
+SHARING = 1.5  # samples of p share neighbours within p and in q: by how much that raises errors of mean terms
 
 
 class Margins(NamedTuple):
@@ -67,8 +67,7 @@ def margins_divergence(p: FloatArray, q: FloatArray) -> Margins:
     local = terms[:, 0] + share * (terms[:, 0] - terms[:, 1])
     if width > 1:
         local = local + _copulas(p, q)
-    # Samples of p share neighbours within p and in q.
-    gap_error = _SHARING * float((terms[:, 0] - terms[:, 1]).std()) / math.sqrt(len(p))
+    gap_error = SHARING * float((terms[:, 0] - terms[:, 1]).std()) / math.sqrt(len(p))
     return Margins(float(local.mean()), gap, gap_error, local)
 
 

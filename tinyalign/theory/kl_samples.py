@@ -13,7 +13,7 @@ from tinyalign.theory._input import as_matrix, check_level
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import inverted_interval
-from tinyalign.theory.kl_margins import margins_divergence, redraw
+from tinyalign.theory.kl_margins import SHARING, margins_divergence, redraw
 from tinyalign.theory.neighbours import kth_distance, neighbour_interval, subset_interval
 
 __all__ = ["gaussian_kl", "kl_from_samples"]
@@ -22,8 +22,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 _METHODS = ("auto", "knn", "gaussian", "margins", "surrogate")
 _ACCEPT = 2.5
-_SHARED = 0.05
-_SHARING = 1.5  # samples of p share neighbours within p and in q (`neighbours.SHARED` is that of one sample)
+_FAR = 0.07  # of the divergence: what sharing the few neighbours far out in q adds to the error
 _BIASED = 0.03  # nats
 _CLEAR = 2.0  # standard errors
 _FLAT = 1e-6  # share of a column's spread that others leave
@@ -118,12 +117,9 @@ def kl_from_samples(
     ratio_data, ratio_drawn = _log_ratio(p, law_p, law_q), _log_ratio(drawn_p, law_p, law_q)
     missed_data = local - ratio_data
     missed_drawn = _local(drawn_p, drawn_q, k) - ratio_drawn
-    missed = float(missed_data.mean() - missed_drawn.mean())
-    noise = math.sqrt(float(missed_data.var() + missed_drawn.var()) / min(n, len(q)) * 1.7)
+    missed, noise = _apart(missed_data, missed_drawn, len(q), closed)
     surrogate = float(ratio_data.mean()) + missed
     candidates = {"knn": plain, "gaussian": closed, "surrogate": surrogate}
-    # Samples of p far from q share their few neighbours in q, which the per-sample spread does not show.
-    noise = math.hypot(noise, _SHARED * abs(closed))
     normal = _looks_normal(p, law_p) and _looks_normal(q, law_q)
     if method == "gaussian" or (method == "auto" and normal and abs(missed) < _ACCEPT * noise):
         low, high, error = _closed_interval(closed, law_p, law_q, level)
@@ -138,6 +134,13 @@ def kl_from_samples(
         )
         return _with_neighbours(surrogate, p, q, k, level, "surrogate", candidates, warnings)
     return _by_margins(columns, (shift, root), local, (method, k, level), rng, candidates, warnings)
+
+
+def _apart(data: FloatArray, drawn: FloatArray, m: int, value: float) -> tuple[float, float]:
+    """Mean difference of what neighbours say beyond a fit on the data and on draws of the fit, and its error."""
+    noise = SHARING * math.sqrt(float(data.var() + drawn.var()) / min(len(data), m))
+    # Samples of p far from q share their few neighbours in q, which the per-sample spread does not show.
+    return float(data.mean() - drawn.mean()), math.hypot(noise, _FAR * abs(value))
 
 
 def _own_columns(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, int]:
@@ -173,9 +176,8 @@ def _by_margins(
         drawn_p, drawn_q = redraw(p, rng), redraw(q, rng)
         drawn = _local((drawn_p - shift) @ root, (drawn_q - shift) @ root, k)
         missed_data, missed_drawn = local - fitted.samples, drawn - margins_divergence(drawn_p, drawn_q).samples
-        missed = float(missed_data.mean() - missed_drawn.mean())
-        noise = math.sqrt(float(missed_data.var() + missed_drawn.var()) / min(len(p), len(q)) * 1.7)
-        if abs(missed) > _ACCEPT * math.hypot(noise, _SHARED * abs(fitted.value)):
+        missed, noise = _apart(missed_data, missed_drawn, len(q), fitted.value)
+        if abs(missed) > _ACCEPT * noise:
             value, name = value + missed, "surrogate"
             warnings += (
                 f"bias: neither normal laws nor margins with Gaussian copulas fit; nearest neighbours added "
@@ -311,7 +313,7 @@ def _with_neighbours(
         most = min(len(rows) - 2, len(chosen) - 1)
         return [_local(p[rows], q[chosen], min(near, most)) for near in ks]
 
-    _, spread = neighbour_interval(local, len(p), k, level, shared=_SHARING)
+    _, spread = neighbour_interval(local, len(p), k, level, shared=SHARING)
     return Estimate(
         value,
         value - spread.half,
