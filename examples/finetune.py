@@ -16,24 +16,23 @@ tower; the held-out loss falls from about 3.3 to below 1.5 nats per token in 30 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
 
-from tinyalign.data import ChatRenderer, LlavaDataset, PlainRenderer
 from tinyalign.models import ARMS, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training import (
     StageTrainer,
-    accumulation_steps,
-    check_samples,
     collator_for,
     compose,
-    last_whole_checkpoint,
     open_memory,
-    precision,
+    precision_dtype,
+    prompt_renderer,
+    read_samples,
     shared_folder,
+    stage_arguments,
     write_tiny_experiment,
 )
 
@@ -102,13 +101,13 @@ def smoke(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    numbers = precision(args.precision)
-    arguments = TrainingArguments(
-        output_dir=str(args.output),
+    arguments = stage_arguments(
+        args.output,
+        per_device_batch=args.per_device_batch,
+        global_batch=args.global_batch,
+        precision_name=args.precision,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.per_device_batch,
-        per_device_eval_batch_size=args.per_device_batch,
         learning_rate=args.learning_rate,
         lr_scheduler_type=SCHEDULE,
         warmup_steps=WARMUP,
@@ -117,23 +116,15 @@ def main() -> None:
         save_total_limit=2,
         logging_steps=args.logging_steps,
         dataloader_num_workers=args.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # all that trains takes part in every step
-        remove_unused_columns=False,
-        prediction_loss_only=True,
         report_to=args.report_to,
-        use_cpu=not torch.accelerator.is_available(),
         seed=args.seed,
-        **numbers,
     )
-    arguments.gradient_accumulation_steps = accumulation_steps(
-        args.global_batch, args.per_device_batch, arguments.world_size
-    )
-    half = torch.bfloat16 if numbers["bf16"] else torch.float16 if numbers["fp16"] else torch.float32
     model = TinyAlignVLM.from_pretrained(
         args.init,
         memory=None if args.memory is None else open_memory(args.memory).bank,
-        dtype=half if args.lora else torch.float32,  # what trains is kept in float32 under autocast
+        dtype=precision_dtype(args.precision)
+        if args.lora
+        else torch.float32,  # what trains is kept in float32 under autocast
     )
     processor = TinyAlignProcessor.from_pretrained(args.init)
     model.config.retrieval, model.config.retrieval_seed = args.retrieval or model.config.retrieval, args.seed
@@ -146,25 +137,16 @@ def main() -> None:
     if args.checkpointing:
         model.gradient_checkpointing_enable()
 
-    def read(path: Path) -> list:
-        dataset = LlavaDataset(path, args.images, check_images=not args.skip_bad)
-        checked = check_samples(dataset, on_error="skip" if args.skip_bad else "raise")
-        for name, fault in checked.left_out.items():
-            print(f"left out {name}: {fault}")
-        return checked.samples
-
+    read = partial(read_samples, image_root=args.images, skip_bad=args.skip_bad, note=print)
     train, heldout = read(args.data), None if args.eval_data is None else read(args.eval_data)
-    renderer = (PlainRenderer if args.prompt_form == "plain" else ChatRenderer)(processor.tokenizer)
+    renderer = prompt_renderer(args.prompt_form, processor.tokenizer)
     collator = collator_for(
         model, processor, [*train, *(heldout or [])], args.output, renderer=renderer, max_length=args.max_length,
         device=arguments.device,
     )  # fmt: skip
     trainer = StageTrainer(model, args=arguments, train_dataset=train, eval_dataset=heldout, data_collator=collator)
-    first = last_whole_checkpoint(args.output)
     if trainer.is_world_process_zero():
-        print("from the start" if first is None else f"going on from {first}")
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{len(train)} samples, {trained:,} parameters train; of the first, {collator.measure(train[:256])}")
+        print(trainer.opening())
     summary = trainer.run()
     if trainer.is_world_process_zero():
         print(f"retrieval {model.config.retrieval}: {summary} (nats per token)")

@@ -22,19 +22,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
 
-from tinyalign.data import ChatRenderer, LlavaDataset, PlainRenderer
 from tinyalign.models import ARMS, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training import (
     MemoryFolder,
     StageTrainer,
-    check_samples,
     collator_for,
     compose,
-    last_whole_checkpoint,
     open_memory,
+    prompt_renderer,
+    read_samples,
     shared_folder,
+    stage_arguments,
     write_tiny_experiment,
 )
 
@@ -126,42 +125,33 @@ def main() -> None:
     if args.checkpointing:
         model.gradient_checkpointing_enable()
 
-    arguments = TrainingArguments(
-        output_dir=str(args.output),
+    arguments = stage_arguments(
+        args.output,
+        per_device_batch=args.batch_size,
+        precision_name="bf16" if args.bf16 else "fp32",
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
         learning_rate=args.learning_rate or LEARNING_RATE[args.stage],
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
-        bf16=args.bf16,
         save_steps=args.save_steps,
         save_total_limit=2,
         logging_steps=10,
         dataloader_num_workers=args.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # all that trains takes part in every step
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        report_to=[],
-        use_cpu=not torch.accelerator.is_available(),
         seed=args.seed,
     )
 
-    train = check_samples(LlavaDataset(args.data, args.images)).samples
-    heldout = None if args.eval_data is None else check_samples(LlavaDataset(args.eval_data, args.images)).samples
-    renderer = (ChatRenderer if args.prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
+    train = read_samples(args.data, args.images)
+    heldout = None if args.eval_data is None else read_samples(args.eval_data, args.images)
+    renderer = prompt_renderer(args.prompt_form, processor.tokenizer)
     collator = collator_for(
         model, processor, [*train, *(heldout or [])], args.output, renderer=renderer, max_length=args.max_length,
         device=arguments.device,
     )  # fmt: skip
     trainer = StageTrainer(model, args=arguments, train_dataset=train, eval_dataset=heldout, data_collator=collator)
-    first = last_whole_checkpoint(args.output)
     if trainer.is_world_process_zero():
-        print(f"of the first samples, {collator.measure(train[:256])}")
-        print("from the start" if first is None else f"going on from {first}")
+        print(trainer.opening())
     summary = trainer.run()
     if trainer.is_world_process_zero():
         print(f"retrieval {args.retrieval}: {summary} (nats per token)")

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
 
 from tinyalign.data import LlavaDataset
-from tinyalign.training import StageTrainer, TinyExperiment, collator_for, compose, open_memory, write_tiny_experiment
+from tinyalign.training import (
+    StageTrainer,
+    TinyExperiment,
+    collator_for,
+    compose,
+    open_memory,
+    stage_arguments,
+    write_tiny_experiment,
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +38,9 @@ def trainer(tiny: TinyExperiment) -> Callable[..., StageTrainer]:
         train, heldout = LlavaDataset(tiny.train, tiny.images), LlavaDataset(tiny.heldout, tiny.images)
         settings = {
             "max_steps": 6, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "per_device_eval_batch_size": 8,
-            "per_device_train_batch_size": 4, "save_total_limit": 2, "remove_unused_columns": False, "report_to": [],
-            "prediction_loss_only": True, "use_cpu": True, "disable_tqdm": True, "seed": 0, **options,
+            "save_total_limit": 2, "use_cpu": True, "disable_tqdm": True, "seed": 0, **options,
         }  # fmt: skip
-        arguments = TrainingArguments(output_dir=str(folder), **settings)
+        arguments = stage_arguments(folder, per_device_batch=4, precision_name="fp32", **settings)
         collator = collator_for(model, processor, [*train, *heldout], folder, max_length=128)
         return StageTrainer(model, args=arguments, train_dataset=train, eval_dataset=heldout, data_collator=collator)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,11 @@ from tinyalign.training import (
     note_key,
     open_memory,
     precision,
+    precision_dtype,
+    prompt_renderer,
+    read_samples,
     shared_folder,
+    stage_arguments,
 )
 
 
@@ -42,6 +48,43 @@ def test_precision() -> None:
         assert precision() == precision("fp32") == {"bf16": False, "fp16": False}
     with pytest.raises(ValueError, match="precision: name must be 'bf16', 'fp16' or 'fp32', got 'int8'"):
         precision("int8")
+
+
+def test_weights_are_held_in_what_the_precision_computes_in() -> None:
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    assert {name: precision_dtype(name) for name in wanted} == wanted
+    with pytest.raises(ValueError, match="got 'int8'"):
+        precision_dtype("int8")
+
+
+def test_a_stage_has_what_its_trainer_needs_and_what_the_recipe_says(tmp_path: Path) -> None:
+    arguments = stage_arguments(
+        tmp_path,
+        per_device_batch=4,
+        global_batch=16,
+        precision_name="bf16",
+        learning_rate=2e-3,
+        report_to="tensorboard",
+    )
+    assert arguments.output_dir == str(tmp_path)
+    assert (arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size) == (4, 4)
+    assert (arguments.gradient_accumulation_steps, arguments.learning_rate) == (4, 2e-3)
+    assert (arguments.bf16, arguments.fp16, arguments.report_to) == (True, False, ["tensorboard"])
+    assert (arguments.remove_unused_columns, arguments.prediction_loss_only) == (False, True)
+    assert arguments.ddp_find_unused_parameters is False
+    assert stage_arguments(tmp_path, per_device_batch=4, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
+    assert stage_arguments(tmp_path, per_device_batch=4).report_to == []
+    with pytest.raises(ValueError, match="global_batch must be a multiple of per_device x processes, got 10 for 4 x 1"):
+        stage_arguments(tmp_path, per_device_batch=4, global_batch=10)
+
+
+def test_a_prompt_form_by_name() -> None:
+    tokenizer = SimpleNamespace(eos_token="</s>", chat_template=None)
+    turns = (Turn("user", "<image>Red?"), Turn("assistant", "no"))
+    assert prompt_renderer("plain", tokenizer)(turns).text == "<image>no</s>"
+    assert prompt_renderer("chat", tokenizer)(turns).text == "USER: <image>Red? ASSISTANT: no</s>"
+    with pytest.raises(ValueError, match="prompt_renderer: form must be 'chat' or 'plain', got 'Chat'"):
+        prompt_renderer("Chat", tokenizer)
 
 
 def test_one_process_has_a_folder_of_its_own() -> None:
@@ -111,6 +154,22 @@ def test_a_record_that_cannot_be_learned_from_is_named(name: str) -> None:
     assert checked.left_out == {name: fault}
     with pytest.raises(ValueError, match=f"got 1 that were left out, the first because {fault}"):
         check_samples([sample], on_error="skip")
+
+
+def test_a_file_is_read_and_what_was_left_out_is_said(tiny: TinyExperiment, tmp_path: Path) -> None:
+    records = json.loads(tiny.train.read_text())[:5]
+    records[1]["conversations"][1]["value"] = " "
+    records[3]["image"] = "nowhere.png"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    said: list[str] = []
+    found = read_samples(tmp_path / "train.json", tiny.images, skip_bad=True, note=said.append)
+    assert [sample.id for sample in found] == [records[at]["id"] for at in (0, 2, 4)]
+    assert said[0] == f"left out {records[1]['id']}: an answer is empty"
+    assert said[1].startswith(f"left out {records[3]['id']}: the image ")
+    assert len(said) == 2
+    assert read_samples(tmp_path / "train.json", tiny.images, skip_bad=True) == found  # nobody has to listen
+    with pytest.raises(ValueError, match="must name images that exist"):
+        read_samples(tmp_path / "train.json", tiny.images, note=said.append)
 
 
 def test_what_to_do_with_them_must_be_said() -> None:

@@ -47,7 +47,9 @@ def test_a_run_that_goes_on_ends_bit_for_bit_where_it_would_have(trainer: Make, 
         killed.run()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert last_whole_checkpoint(tmp_path / "killed").name == "checkpoint-4"
-    resumed = trainer(tmp_path / "killed", stage=stage).run()
+    again = trainer(tmp_path / "killed", stage=stage)
+    assert again.opening().startswith(f"going on from {tmp_path / 'killed' / 'checkpoint-4'}\n24 samples, ")
+    resumed = again.run()
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -60,10 +62,15 @@ def test_a_run_that_goes_on_ends_bit_for_bit_where_it_would_have(trainer: Make, 
 
 def test_a_checkpoint_holds_what_trained_and_a_bank_nearby(trainer: Make, tiny: TinyExperiment, tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", max_steps=2)
+    started, numbers = run.opening().split("\n")
     run.run()
+    assert started == "from the start"
     saved = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
     assert set(saved) == {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in saved} == {"connector", "rag_connector"}
+    assert f" {sum(value.numel() for value in saved.values()):,} parameters train; of the first, " in numbers
+    longest = max(len(row) for row in run.data_collator([*run.train_dataset])["attention_mask"])
+    assert f"longest={longest + 8})" in numbers  # the rows as collated, and two neighbours of four latents
     config = json.loads((tmp_path / "run/checkpoint-2/config.json").read_text())
     assert not os.path.isabs(config["memory_path"])
     assert (tmp_path / "run/checkpoint-2" / config["memory_path"]).resolve() == (tiny.memory / "bank").resolve()

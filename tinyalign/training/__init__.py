@@ -1,11 +1,11 @@
 """What training scripts share: a trainer whose checkpoints survive, neighbours found once, parts by name."""
 
-from tinyalign.training.batches import collator_for
+from tinyalign.training.batches import collator_for, prompt_renderer
 from tinyalign.training.checkpoints import CheckpointError, last_whole_checkpoint, load_trained, save_trained
-from tinyalign.training.launch import accumulation_steps, precision, shared_folder
+from tinyalign.training.launch import accumulation_steps, precision, precision_dtype, shared_folder, stage_arguments
 from tinyalign.training.neighbours import NeighbourFeed, find_neighbours
 from tinyalign.training.parts import MemoryFolder, compose, note_key, open_memory
-from tinyalign.training.records import CheckedSamples, check_samples
+from tinyalign.training.records import CheckedSamples, check_samples, read_samples
 from tinyalign.training.tiny import TinyExperiment, write_tiny_experiment
 from tinyalign.training.trainer import StageTrainer
 
@@ -26,7 +26,11 @@ __all__ = [
     "note_key",
     "open_memory",
     "precision",
+    "precision_dtype",
+    "prompt_renderer",
+    "read_samples",
     "save_trained",
     "shared_folder",
+    "stage_arguments",
     "write_tiny_experiment",
 ]

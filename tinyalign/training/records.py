@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyalign.data import Sample
+from tinyalign.data import LlavaDataset, Sample
 
 
 class CheckedSamples(NamedTuple):
@@ -59,6 +59,40 @@ def check_samples(samples: Sequence[Sample], *, on_error: str = "raise") -> Chec
             f"because {next(iter(left_out.values()), 'there are none')}. Check the data file and the image folder."
         )
     return CheckedSamples(good, left_out)
+
+
+def read_samples(
+    path: str | Path,
+    image_root: str | Path,
+    *,
+    skip_bad: bool = False,
+    note: Callable[[str], object] | None = None,
+) -> list[Sample]:
+    """Read a LLaVA-format file and keep what can be learned from.
+
+    Args:
+        path: of the file.
+        image_root: folder that its image paths start from.
+        skip_bad: leave out records without image file or answer, in place of stopping at the first.
+        note: gets a line for each record that is left out, such as ``print``.
+
+    Raises:
+        ValueError: a record that cannot be read or learned from, by name; or none is left.
+
+    Example:
+        >>> import tempfile
+        >>> from tinyalign.data import DigitScenes, write_llava
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> file = write_llava(DigitScenes("train", 2), folder / "train.json", folder / "images")
+        >>> len(read_samples(file, folder / "images"))
+        2
+    """
+    dataset = LlavaDataset(path, image_root, check_images=not skip_bad)
+    checked = check_samples(dataset, on_error="skip" if skip_bad else "raise")
+    for name, fault in checked.left_out.items():
+        if note is not None:
+            note(f"left out {name}: {fault}")
+    return checked.samples
 
 
 def _fault_of(sample: Sample) -> str | None:

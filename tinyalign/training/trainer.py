@@ -25,6 +25,8 @@ from tinyalign.training.checkpoints import (
     seal,
 )
 
+MEASURED = 256
+
 
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Train a `TinyAlignVLM` for one stage.
@@ -50,6 +52,17 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
                 f"for a model with attach_memory."
             )
         super().__init__(model=model, **options)
+
+    def opening(self) -> str:
+        """Say where the run starts, how much trains, and how long the first samples are; to be read before the wait."""
+        first = last_whole_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        data: Any = self.train_dataset
+        said = f"{len(data)} samples, {trained:,} parameters train"
+        if hasattr(self.data_collator, "measure"):
+            some = [data[at] for at in range(min(MEASURED, len(data)))]
+            said += f"; of the first, {self.data_collator.measure(some)}"
+        return f"{'from the start' if first is None else f'going on from {first}'}\n{said}"
 
     def resume(self) -> Any:
         """Train from the newest whole checkpoint of the output folder, or from the start where there is none."""
