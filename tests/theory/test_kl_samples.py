@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tinyalign.theory import kl_from_samples
 from tinyalign.theory.kl_margins import _across, margins_divergence, redraw
@@ -156,6 +157,19 @@ def test_columns_that_add_nothing_are_left_out_and_degenerate_samples_have_no_fi
     nothing = kl_from_samples(one, one)
     assert (nothing.value, nothing.low, nothing.high, nothing.method) == (0.0, 0.0, 0.0, "constant")
     assert nothing.warned("constant")
+
+
+def test_margins_interval_is_students_over_ten_subsets() -> None:
+    rng = np.random.default_rng(0)
+    result = kl_from_samples(rng.laplace(size=(1000, 2)), rng.laplace(0.3, 1.0, (1000, 2)), method="margins")
+    assert result.details["missed"] == 0.0
+    assert result.high - result.value == pytest.approx(stats.t.ppf(0.975, 9) * result.std_error)
+    assert result.value - result.low == pytest.approx(stats.t.ppf(0.975, 9) * result.std_error)
+
+
+def test_columns_that_never_vary_have_no_divergence() -> None:
+    result = kl_from_samples(np.ones((50, 2)), np.ones((60, 2)))
+    assert (result.value, result.low, result.high, result.method) == (0.0, 0.0, 0.0, "constant")
 
 
 @pytest.mark.parametrize(("width", "shift"), [(1, 0.0), (3, 0.0), (3, 1.0)])
