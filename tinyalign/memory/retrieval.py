@@ -168,19 +168,19 @@ def values_of(contents: Contents, ids: Any) -> tuple[Tensor, Tensor]:
     """Return the values of ids of any shape, and which are not -1."""
     wanted = inputs.query_ids(ids, "MemoryBank.gather")
     rows = contents.table.find(wanted)
-    unknown = (rows < 0) & (wanted != -1)
+    absent = rows < 0
+    unknown = absent & (wanted != -1)
     if unknown.any():
         raise UnknownIdError(
             f"MemoryBank.gather: ids must be in the bank or -1, got {int(wanted[unknown][0])}. "
             "Make neighbour tables anew after removing entries."
         )
     device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
-    mask = torch.from_numpy(rows >= 0)
-    values = contents.values_at(torch.from_numpy(np.maximum(rows, 0).reshape(-1)))
-    absent = np.flatnonzero(rows.reshape(-1) < 0)
-    if len(absent):
-        values[torch.from_numpy(absent)] = 0
-    return values.reshape(*wanted.shape, *contents.spec.value_shape).to(device), mask.to(device)
+    values = contents.values_at(torch.from_numpy(np.where(absent, 0, rows).reshape(-1)))
+    if absent.any():
+        values[torch.from_numpy(absent.reshape(-1))] = 0
+    values = values.reshape(*wanted.shape, *contents.spec.value_shape)
+    return values.to(device), torch.from_numpy(~absent).to(device)
 
 
 def entry_of(contents: Contents, entry_id: int) -> Entry:
