@@ -1,4 +1,4 @@
-"""Small banks with known contents, the naive search they are compared with, and kills at random moments."""
+"""Small banks with known contents, the naive search they are compared with, kills at random moments, spoilt files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyalign.memory import MemoryBank
@@ -53,6 +54,78 @@ def random_bank() -> Callable[..., MemoryBank]:
 def full_sort() -> Callable[..., list[list[tuple[float, int]]]]:
     """Score every allowed entry of each query, best first: a Python loop over float64 products."""
     return _full_sort
+
+
+def _same(one: MemoryBank, two: MemoryBank) -> None:
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(one.groups, two.groups)
+    assert torch.equal(one.keys(), two.keys())
+    assert torch.equal(one.gather(one.ids)[0], two.gather(two.ids)[0])
+    assert one.metadata(one.ids) == two.metadata(two.ids)
+    queries = torch.randn(3, one.key_dim)
+    assert not len(one) or torch.equal(one.neighbours(queries, 3).ids, two.neighbours(queries, 3).ids)
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[MemoryBank, MemoryBank], None]:
+    """Assert that two banks hold the same entries and find the same neighbours."""
+    return _same
+
+
+_json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def _places(content: Any, path: tuple[Any, ...] = ()) -> Iterable[tuple[Any, ...]]:
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, inner in items:
+        yield from _places(inner, (*path, name))
+
+
+def _edited(content: Any, draw: Callable[[Any], Any]) -> Any:
+    where = draw(st.sampled_from(sorted(_places(content), key=repr)))
+    new = draw(_json_values)
+    if not where:
+        return new
+    inner = content
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = new
+    return content
+
+
+@pytest.fixture(scope="session")
+def edited() -> Callable[[Any, Callable[[Any], Any]], Any]:
+    """Put any JSON value anywhere into what was read from JSON, as hypothesis draws it."""
+    return _edited
+
+
+def _mutated(blob: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(blob)
+    for _ in range(draw.randint(1, 4)):
+        at, how = draw.randrange(len(changed) + 1), draw.randrange(5)
+        if how == 0 and at < len(changed):
+            changed[at] ^= 1 << draw.randrange(8)
+        elif how == 1:
+            changed[at : at + 8] = draw.randbytes(8)
+        elif how == 2:
+            number = draw.choice([0, -1, 7, 2**63 - 1, -(2**63), 10**9])
+            changed[at : at + 8] = number.to_bytes(8, "little", signed=True)
+        elif how == 3:
+            del changed[at : at + draw.randrange(1, 20)]
+        else:
+            changed[at:at] = draw.randbytes(draw.randrange(1, 20))
+    return bytes(changed)
+
+
+@pytest.fixture(scope="session")
+def mutated() -> Callable[[bytes, random.Random], bytes]:
+    """Flip, overwrite, delete or insert a few bytes at random."""
+    return _mutated
 
 
 def _seconds(write: Callable[[], object]) -> float:

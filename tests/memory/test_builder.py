@@ -37,14 +37,6 @@ class Encoder:
         return encode(records)
 
 
-def same(one, two):
-    assert torch.equal(one.ids, two.ids)
-    assert torch.equal(one.groups, two.groups)
-    assert torch.equal(one.keys(), two.keys())
-    assert torch.equal(one.gather(one.ids)[0], two.gather(two.ids)[0])
-    assert one.metadata(one.ids) == two.metadata(two.ids)
-
-
 @pytest.fixture
 def expected():
     bank = MemoryBank(3, (1, 3))
@@ -52,7 +44,7 @@ def expected():
     return bank
 
 
-def test_build_equals_adding(tmp_path, expected):
+def test_build_equals_adding(tmp_path, expected, same):
     bank = build_memory_bank(
         range(50), encode, tmp_path / "bank", batch_size=7, fingerprint={"key.a": 1}, progress=False
     )
@@ -64,7 +56,7 @@ def test_build_equals_adding(tmp_path, expected):
     assert skipped_records(tmp_path / "bank") == []
 
 
-def test_resumes_without_encoding_again(tmp_path, expected):
+def test_resumes_without_encoding_again(tmp_path, expected, same):
     options = BuildOptions(commit_every=10)
     first = Encoder(dies_at=33)
     with pytest.raises(KeyboardInterrupt):
@@ -108,7 +100,7 @@ def test_int8_is_quantised_around_the_mean_of_all(tmp_path, expected):
     torch.testing.assert_close(MemoryBank.load(tmp_path / "b")[999].value, floats[0], atol=0.1, rtol=0)
 
 
-def test_a_kill_at_the_last_moment_encodes_nothing_again(tmp_path, expected, monkeypatch):
+def test_a_kill_at_the_last_moment_encodes_nothing_again(tmp_path, expected, monkeypatch, same):
     from tinyalign.memory import saving
 
     save_all = saving.save_all
@@ -168,7 +160,7 @@ def test_a_batch_that_only_fails_together_is_not_blamed_on_a_record(tmp_path):
         build_memory_bank(range(8), fails_in_company, tmp_path / "b", batch_size=4, progress=False)
 
 
-def test_loader_processes_and_the_global_generator(tmp_path, expected):
+def test_loader_processes_and_the_global_generator(tmp_path, expected, same):
     torch.manual_seed(5)
     draw = torch.rand(1)
     torch.manual_seed(5)
@@ -196,7 +188,7 @@ assert len(bank) == 50
 """
 
 
-def test_ranks_build_the_bank_of_one_process(tmp_path, expected):
+def test_ranks_build_the_bank_of_one_process(tmp_path, expected, same):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "out" / "bank")]

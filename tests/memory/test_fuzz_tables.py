@@ -14,12 +14,6 @@ from hypothesis import strategies as st
 
 from tinyalign.memory import BankError, MemoryBank, NeighbourTable, precompute_neighbours
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=5,
-)
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -43,34 +37,20 @@ def exercise(path, bank):
     return None
 
 
-def places(content, path=()):
-    yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for name, inner in items:
-        yield from places(inner, (*path, name))
-
-
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_facts_of_any_content_are_refused_or_harmless(made, tmp_path_factory, data):
+def test_facts_of_any_content_are_refused_or_harmless(made, tmp_path_factory, edited, data):
     bank, source = made
     path = tmp_path_factory.mktemp("fuzz") / "table"
     shutil.copytree(source, path)
     content = json.loads((path / "table.json").read_text())
-    where = data.draw(st.sampled_from(sorted(places(content), key=repr)))
-    new = data.draw(json_values)
-    if where:
-        inner = content
-        for step in where[:-1]:
-            inner = inner[step]
-        inner[where[-1]] = new
-    (path / "table.json").write_text(json.dumps(content if where else new))
+    (path / "table.json").write_text(json.dumps(edited(content, data.draw)))
     exercise(path, bank)
 
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resealed", [False, True])
-def test_mutated_tables(made, tmp_path, rounds, resealed):
+def test_mutated_tables(made, tmp_path, mutated, rounds, resealed):
     bank, source = made
     draw = random.Random(0)
     said = set()
@@ -80,19 +60,11 @@ def test_mutated_tables(made, tmp_path, rounds, resealed):
         shutil.copytree(source, path)
         target = draw.choice(sorted(p for p in path.iterdir() if p.suffix == ".bin" or not resealed))
         whole = target.read_bytes()
-        blob = bytearray(whole)
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(blob))
-            if draw.random() < 0.6:
-                blob[at] ^= 1 << draw.randrange(8)
-            elif draw.random() < 0.5:
-                blob[at : at + 8] = draw.choice([0, -1, 7, 2**62, -(2**63)]).to_bytes(8, "little", signed=True)
-            else:
-                blob[at : at + draw.randrange(9)] = draw.randbytes(draw.randrange(9))
+        blob = mutated(whole, draw)
         target.write_bytes(blob)
         if resealed:
             content = json.loads((path / "table.json").read_text())
-            content["files"][target.name] = {"bytes": len(blob), "xxh3": xxhash.xxh3_64_hexdigest(bytes(blob))}
+            content["files"][target.name] = {"bytes": len(blob), "xxh3": xxhash.xxh3_64_hexdigest(blob)}
             (path / "table.json").write_text(json.dumps(content))
         problem = exercise(path, bank)
         if target.suffix == ".bin" and not resealed and blob != whole:

@@ -27,28 +27,20 @@ from tinyalign.memory.manifest import BLOCK_BYTES
 from tinyalign.memory.saving import fold_point
 
 
-def same(one, two):
-    assert torch.equal(one.ids, two.ids)
-    assert torch.equal(one.groups, two.groups)
-    assert torch.equal(one.keys(), two.keys())
-    assert torch.equal(one.gather(one.ids)[0], two.gather(two.ids)[0])
-    assert one.metadata(one.ids) == two.metadata(two.ids)
-    assert one.fingerprint == two.fingerprint
-
-
 def files_of(path):
     return sorted(p for p in (path / "segments").rglob("*.bin"))
 
 
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
-def test_save_then_load_is_the_identity(random_bank, tmp_path, dtype, mmap):
+def test_save_then_load_is_the_identity(random_bank, tmp_path, dtype, mmap, same):
     bank = random_bank(value_dtype=dtype, key_dtype=torch.bfloat16, fingerprint={"key.a": "b", "data.n": 3})
     expected = random_bank(value_dtype=dtype, key_dtype=torch.bfloat16, fingerprint={"key.a": "b", "data.n": 3})
     bank.save(tmp_path / "bank")
     loaded = MemoryBank.load(tmp_path / "bank", mmap=mmap)
     same(bank, expected)
     same(loaded, expected)
+    assert loaded.fingerprint == bank.fingerprint == expected.fingerprint
     assert (loaded.metric, loaded.value_dtype, loaded.key_dtype) == ("cosine", dtype, torch.bfloat16)
     queries = torch.randn(3, 8)
     for one, two in zip(loaded.search(queries, 4), expected.search(queries, 4), strict=True):
@@ -70,7 +62,7 @@ def test_an_empty_bank_and_one_without_metadata_survive(tmp_path):
     assert empty.add(torch.eye(3), torch.ones(3, 1)).tolist() == [3, 4, 5]  # an id is not used twice
 
 
-def test_generations(random_bank, tmp_path):
+def test_generations(random_bank, tmp_path, same):
     path = tmp_path / "bank"
     bank = random_bank()
     bank.save(path)
@@ -250,7 +242,7 @@ def test_every_edit_of_the_manifest_is_refused(saved):
         MemoryBank.load(saved)
 
 
-def test_a_kill_before_the_switch_leaves_rubbish_that_the_next_writer_sweeps(random_bank, tmp_path):
+def test_a_kill_before_the_switch_leaves_rubbish_that_the_next_writer_sweeps(random_bank, tmp_path, same):
     path = tmp_path / "bank"
     bank = random_bank()
     bank.save(path)
@@ -379,7 +371,7 @@ def test_fold_point(rows, kept):
     assert fold_point(rows) == kept
 
 
-def test_many_commits_keep_few_segments_and_every_entry(tmp_path):
+def test_many_commits_keep_few_segments_and_every_entry(tmp_path, same):
     path, model = tmp_path / "bank", {}
     bank = MemoryBank(4, (2,), metric="ip")
     bank.save(path)
