@@ -153,3 +153,26 @@ def test_copies_share_the_bank_and_nothing_else(build: Any) -> None:
             parameter.zero_()
     assert logits(build, model).abs().sum() > 0
     assert torch.equal(logits(build, pickle.loads(packed)), logits(build, model))
+
+
+@pytest.mark.parametrize("arm", ["off", "bank"])
+def test_a_config_made_by_hand_knows_the_languages_bos(build: Any, tmp_path: Path, arm: str) -> None:
+    """Without a `bos_token_id` of its own it takes the language model's; None says that rows have none."""
+    parts = {"text_config": build.lm("llama").config, "vision_config": build.tower("siglip").config}
+    given = {**parts, "retrieval": arm, "num_latents": 3, "latent_dim": 8, "num_neighbours": 2}
+    bank, rows = build.bank(), torch.tensor([[1, 5, 6, 7]])  # no image: retrieval stands behind BOS
+
+    def loss(**options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = TinyAlignVLM(TinyAlignConfig(**given, **options)).eval()
+        values, mask = bank.gather(torch.tensor([[0, 2]]))
+        found = {} if arm == "off" else {"retrieved": (values.float(), mask)}
+        with torch.no_grad():
+            return model(rows, labels=rows, **found).loss  # type: ignore[no-any-return]
+
+    assert torch.equal(loss(), loss(bos_token_id=1))
+    assert torch.equal(loss(), loss(bos_token_id=None)) == (arm == "off")
+    for bos in (None, 7):
+        TinyAlignConfig(**given, bos_token_id=bos).save_pretrained(tmp_path)
+        assert TinyAlignConfig.from_pretrained(tmp_path).bos_token_id == bos
+    assert TinyAlignConfig(**given).bos_token_id == 1

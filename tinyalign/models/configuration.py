@@ -34,6 +34,8 @@ class TinyAlignConfig(PreTrainedConfig):  # type: ignore[misc]
         memory_path: the bank's folder, relative to the checkpoint.
         key_settings: what the query's key is made with (`AttentionPooledKey`'s arguments); of a key of another class
             the name, and the key itself is passed to ``from_pretrained`` again.
+        bos_token_id: the token that stays in front of images and retrieval, None for a tokenizer without one; that of
+            `text_config` when it is not given.
         image_token_id: marks image positions in `input_ids`; negative, so that it is no vocabulary id.
         format_number: version of this layout on disk.
 
@@ -74,6 +76,8 @@ class TinyAlignConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if "bos_token_id" not in kwargs:
+            self.bos_token_id = getattr(self.get_text_config(), "bos_token_id", None)
         check_arm("TinyAlignConfig", self.retrieval)
         if self.format_number != FORMAT_NUMBER:
             raise ValueError(
