@@ -48,6 +48,7 @@ def test_the_summary_holds_what_is_promised(summary):
     difference = content["arms"]["baseline"]["heldout_ce"] - content["arms"]["tinyalign"]["heldout_ce"]
     assert gain == pytest.approx(9 * difference, abs=1e-6)
     assert content["stage2"]["tinyalign"]["stage"] == 2
+    assert all(0 <= content["told_in_words"][task] <= 1 for task in ("caption", "question"))
     assert content["retrieval"]["self_hits"] == 0 < content["retrieval"]["self_hits_without_exclusion"]
 
 
