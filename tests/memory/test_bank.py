@@ -35,6 +35,12 @@ def test_int8_values_are_within_half_a_step_of_each_entry():
     assert (bank.gather(later)[0] - values[:1] - 5).abs().max() < 1
 
 
+def test_gather_from_an_empty_bank_is_all_zeros():
+    values, mask = MemoryBank(8, (2, 3)).gather(torch.tensor([[-1, -1]]))
+    assert values.tolist() == torch.zeros(1, 2, 2, 3).tolist()
+    assert mask.tolist() == [[False, False]]
+
+
 def test_gather_keeps_shape_and_masks_what_is_not_there(random_bank):
     bank = random_bank()
     values, mask = bank.gather(torch.tensor([[100, -1, 139], [-1, -1, 101]]))

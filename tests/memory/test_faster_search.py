@@ -80,7 +80,7 @@ def test_every_row_is_scored_where_the_proof_fails(monkeypatch):
     assert bank._contents.certified.fallbacks == 0  # more rows, but not all
     monkeypatch.setattr(certified, "MOST_CANDIDATES", 0)
     agree(bank, queries, 5, exclude_ids=[[r] for r in range(9)])
-    assert bank._contents.certified.fallbacks >= 5
+    assert 5 <= bank._contents.certified.fallbacks <= 9  # one each
 
 
 @settings(max_examples=30, deadline=None)

@@ -20,13 +20,13 @@ def written_out(image, text, alpha, scale=1.0):
     return sum(attended) / len(attended)
 
 
-@pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_equals_attention_written_out(scale):
+@pytest.mark.parametrize(("alpha", "scale"), [(0.4, 1.0), (0.4, 20.0), (0.0, 1.0), (1.0, 1.0)])
+def test_equals_attention_written_out(alpha, scale):
     image, text = torch.randn(2, 9, 6).double(), torch.randn(2, 4, 6).double()
-    found = AttentionPooledKey(alpha=0.4, scale=scale)(image, text)
+    found = AttentionPooledKey(alpha=alpha, scale=scale)(image, text)
     assert found.dtype == torch.float64
     for row in range(2):
-        torch.testing.assert_close(found[row], written_out(image[row], text[row], 0.4, scale))
+        torch.testing.assert_close(found[row], written_out(image[row], text[row], alpha, scale))
 
 
 def test_without_text_the_weight_falls_away():

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,9 @@ def saved(tmp_path):
 
 
 def test_every_kind_of_damage_is_named(saved):
+    begin = time.perf_counter()
     report = MemoryBank.load(saved).verify()
+    assert 0 < report.seconds <= time.perf_counter() - begin
     assert (report.generation, report.files) == (2, len(files_of(saved)))
     assert report.bytes == sum(p.stat().st_size for p in files_of(saved))
     generator = torch.Generator().manual_seed(0)
