@@ -95,7 +95,7 @@ def ratio_interval(
     if count < FEW_CLUSTERS:
         warnings.append(f"few_clusters: {count} clusters; intervals need about {FEW_CLUSTERS} to keep their coverage")
     error = _standard_error(top, bottom)
-    if error == 0.0 or not math.isfinite(error):
+    if error <= 1e-12 * abs(value) or not math.isfinite(error):
         return RatioInterval(value, value, value, 0.0, count, tuple(warnings))
     half = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
     low, high = value - half, value + half
