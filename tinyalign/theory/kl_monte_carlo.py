@@ -29,9 +29,9 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
 
     With r = q / p: k1 = -log r, k2 = (log r)^2 / 2 (biased), k3 = r - 1 - log r. ``"fitted"`` subtracts lambda (r - 1)
     with the lambda of least variance; k3 is lambda = 1. All but k1 and k2 rely on mean(r) = 1, which holds only where q
-    puts its mass inside the support of p and the draws see it. Where mean(r) is off by more than its own error, one draw
-    carries it, or its tail is too heavy for a variance, the control variate would be confidently wrong: ``"fitted"`` then
-    falls back to k1 and says so. A tail that is merely long is said, as draws that miss it do not show it.
+    puts its mass inside the support of p and the draws see it. Where mean(r) is off by more than its own error, one
+    draw carries it, or its tail is too heavy for a variance, the control variate would be confidently wrong:
+    ``"fitted"`` then falls back to k1 and says so. A tail that is merely long is said: draws that miss it look fine.
 
     As a *loss*, k3 has not the gradient of the KL; use this for reporting.
 
