@@ -73,6 +73,7 @@ def test_weights_are_drawn_at_their_scale():
     compressor = PerceiverCompressor(144, vocab_size=500, sizes=SIZES)
     embedded = PerceiverCompressor(144, text_dim=100, sizes=SIZES)
     pretrainer = PerceiverPretrainer(compressor, hidden_dim=64, loss_weights=LossWeights(contrastive=1.0))
+    alone = LatentReader(32, 40, hidden_dim=64)
     pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=32), image_size=8, vocab_size=99)
     for weight, expected in (
         (compressor.image_projection.weight, 1 / 12),
@@ -84,6 +85,8 @@ def test_weights_are_drawn_at_their_scale():
         (pretrainer.text_reader.output.weight, 1 / 8),
         (pretrainer.image_reader.output.weight, 0.1 / 8),
         (pretrainer.bag_reader.weight, (4 * 32) ** -0.5),
+        (alone.output.weight, 1 / 8),
+        (alone.read.key.weight, 1 / 8),
         (pixels.pixel_projection.weight, 0.02),
         (pixels.position_projection.weight, 0.02),
         (pixels.pixel_positions, 0.02),
@@ -93,7 +96,7 @@ def test_weights_are_drawn_at_their_scale():
         assert near(spread(weight), expected, weight.numel())
         assert abs(weight.mean().item()) < 5 * expected / math.sqrt(weight.numel())
     assert pretrainer.log_temperature.item() == -2.0
-    for module in (compressor, pretrainer, pixels):
+    for module in (compressor, pretrainer, pixels, alone):
         for name, weight in module.named_parameters():
             if name.endswith("bias"):
                 assert not weight.any(), name

@@ -339,6 +339,17 @@ def test_impossible_settings_are_refused(arguments, message):
         build(**arguments)
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_ids_may_be_any_integers(kind):
+    image, text = example()
+    pretrainer = build().eval()
+    assert torch.equal(pretrainer(image, text.to(kind)).loss, pretrainer(image, text).loss)
+    reports = [
+        evaluate_reconstruction(pretrainer, [{"image_features": image, "text": t}]) for t in (text, text.to(kind))
+    ]
+    assert reports[0] == reports[1]
+
+
 def test_weights_come_by_name():
     with pytest.raises(TypeError, match=r"loss_weights must be LossWeights, got {'image': 0.1}. Write LossWeights"):
         build(weights={"image": 0.1})
@@ -398,6 +409,11 @@ def test_the_report_of_embeddings_and_of_missing_parts():
     assert embedded.token_nll is None
     assert embedded.text_explained is not None
     assert embedded.text_explained < 0.5  # untrained
+    known = build(text_dim=10)
+    normal = (text - text.mean(-1, keepdim=True)) / text.std(-1, unbiased=False, keepdim=True)
+    known.text_reader.forward = lambda latents, positions: 0.75 * normal  # what is left is a quarter, squared
+    left = evaluate_reconstruction(known, [{"image_features": image, "text": text}])
+    assert left.text_explained == pytest.approx(15 / 16, abs=1e-4)
     only_images = evaluate_reconstruction(build(), [{"image_features": image}])
     assert (only_images.token_nll, only_images.num_tokens) == (None, 0)
     only_text = evaluate_reconstruction(

@@ -24,6 +24,11 @@ def are_ids(text: Tensor) -> bool:
     return text.dim() == 2 and text.dtype != torch.bool and not (text.is_floating_point() or text.is_complex())
 
 
+def as_long(text: Tensor | None) -> Tensor | None:
+    """Ids in the one dtype that every lookup and loss of torch takes; anything else as it is."""
+    return text.long() if text is not None and are_ids(text) else text
+
+
 def check_ids(where: str, ids: Tensor, vocab_size: int, keep: Tensor | None = None) -> None:
     """Raise unless all kept ids lie inside the table; torch's own error names neither the id nor the table.
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tinyalign._checks import check_mask
 from tinyalign.perceiver.compressor import PerceiverCompressor
-from tinyalign.perceiver.ids import are_ids, check_ids, may_look
+from tinyalign.perceiver.ids import are_ids, as_long, check_ids, may_look
 from tinyalign.perceiver.reader import LatentReader
 from tinyalign.perceiver.weights import draw_linears
 
@@ -201,6 +201,7 @@ class PerceiverPretrainer(nn.Module):
             if not bool(self.compressor.image_scale_is_fitted):
                 self.compressor.fit_image_scale(image_features, image_mask)
             self._scale_is_known = True
+        text = as_long(text)
         if text is not None and text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         asked, shown = text, text_mask

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinyalign.perceiver.ids import as_long
 from tinyalign.perceiver.pretrainer import PerceiverPretrainer, kept_positions
 
 
@@ -80,7 +81,7 @@ def evaluate_reconstruction(
 
 def _add(pretrainer: PerceiverPretrainer, batch: Mapping[str, Tensor], totals: dict[str, float]) -> None:
     compressor = pretrainer.compressor
-    image, text = batch["image_features"], batch.get("text")
+    image, text = batch["image_features"], as_long(batch.get("text"))
     image_mask, text_mask = batch.get("image_mask"), batch.get("text_mask")
     if image_mask is None:
         image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
