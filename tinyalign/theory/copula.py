@@ -146,7 +146,7 @@ def fit_student(
         freedom = _vertex(np.log(_GRID), np.array(scores))
     for _ in range(3 if refine else 0):
         around = freedom + _STEP * np.array([-1.0, 0.0, 1.0])
-        values = [_profile(ranks, float(np.exp(at)), correlation, 2)[0] for at in around]
+        values = [_profile(ranks, float(np.exp(at)), correlation, 1)[0] for at in around]
         freedom = _vertex(around, np.array(values))
         if values[1] == max(values):
             break
