@@ -144,11 +144,15 @@ def test_removed_rows_of_a_forger(tmp_path, rows):
         MemoryBank.load(tmp_path / "bank")
 
 
-@pytest.mark.parametrize("offsets", [[0, 7, 3], [1, 7, 42], [0, 7, 41]])
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 7, 7, 7, 7, 7, 3], [1, 7, 42, 42, 42, 42, 42], [0, 7, 41, 41, 41, 41, 41], [0, 14, 7, 42, 42, 42, 42]],
+)
 def test_note_offsets_of_a_forger(tmp_path, offsets):
     shutil.copytree(FIXTURES / "bank-v1-float16", tmp_path / "bank")
     target = min((tmp_path / "bank").rglob("note_offsets.bin"))
-    offsets = [*offsets[:2], *[max(offsets)] * 4, offsets[2]]
+    assert len(offsets) == target.stat().st_size // 8
+    assert target.with_name("notes.bin").stat().st_size == 42
     target.write_bytes(b"".join(offset.to_bytes(8, "little") for offset in offsets))
     reseal(tmp_path / "bank", target)
     with pytest.raises(BankError, match=r"note_offsets.bin must divide notes.bin"):
