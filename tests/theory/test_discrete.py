@@ -108,8 +108,9 @@ def test_entropy_interval_covers_even_and_uneven_outcomes(share: list[float]) ->
 def test_information_of_a_copy_is_its_entropy_with_its_interval(rows: int) -> None:
     x = np.random.default_rng(rows).integers(0, rows, 400)
     alone, copy, part = entropy(x), mutual_information(x, x), mutual_information(x, 2 * x + (np.arange(400) % 2))
-    given = conditional_mutual_information(x, x, np.zeros(400, dtype=int))
-    for result in (copy, part, given):
+    finer, one = 2 * x + (np.arange(400) % 2), np.zeros(400, dtype=int)
+    given = [conditional_mutual_information(left, right, one) for left, right in ((x, x), (x, finer), (finer, x))]
+    for result in (copy, part, *given):
         assert (result.value, result.low, result.high) == pytest.approx((alone.value, alone.low, alone.high), abs=1e-9)
         assert not result.warnings
 

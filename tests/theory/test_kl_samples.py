@@ -181,3 +181,28 @@ def test_the_closed_forms_interval_covers_equal_and_different_laws(width: int, s
         result = kl_from_samples(p, q + shift, method="gaussian")
         hits.append(result.low <= truth <= result.high)
     assert 0.89 <= np.mean(hits) <= 0.992
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_below_zero_the_closed_form_has_the_error_of_its_chi_squares(width: int) -> None:
+    """Equal laws: the estimate is (chi-square - its degrees) / 2 times (1 / n + 1 / m), over means and covariances."""
+    for seed in range(20):
+        p, q = (np.random.default_rng(seed + side).normal(size=(n, width)) for side, n in ((0, 300), (1000, 500)))
+        result = kl_from_samples(p, q, method="gaussian")
+        if result.value < 0:
+            break
+    freedom = width + width * (width + 1) / 2
+    assert result.value < 0
+    assert result.std_error == pytest.approx(np.sqrt(2 * freedom) / 2 * (1 / 300 + 1 / 500))
+    assert result.high >= 0
+
+
+def test_the_gap_between_neighbours_has_the_error_of_its_terms() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(60, 1)), rng.normal(size=(80, 1))
+    own = np.sort(np.abs(p - p.T), axis=1)[:, [4, 16]]
+    other = np.sort(np.abs(p - q.T), axis=1)[:, [3, 15]]
+    apart = np.diff(np.log(other) - np.log(own), axis=1)
+    found = margins_divergence(p, q)
+    assert found.gap == pytest.approx(-apart.mean())
+    assert found.gap_error == pytest.approx(1.5 * apart.std() / np.sqrt(60))

@@ -76,3 +76,13 @@ def test_sharp_edges_and_atoms_are_said() -> None:
     atoms = rng.integers(0, 3, (2, 500)).astype(float)
     assert mixed_ksg(*atoms).warned("labels")
     assert not mixed_ksg(atoms[0], rng.normal(size=500)).warned("labels")
+
+
+def test_pairs_that_repeat_share_no_noise_of_neighbours() -> None:
+    """Below 300 samples no subset is large enough, so the error is that of the terms alone."""
+    rng = np.random.default_rng(0)
+    apart, atoms = rng.normal(size=(2, 100)), rng.integers(0, 2, (2, 100)).astype(float)
+    for sides, factor in ((apart, 1.2), (atoms, 1.0)):
+        result = mixed_ksg(*sides)
+        assert result.samples is not None
+        assert result.std_error == pytest.approx(factor * result.samples.std(ddof=1) / 10)
