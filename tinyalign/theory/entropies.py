@@ -21,6 +21,7 @@ IntArray = NDArray[np.int64]
 DISCRETE_METHODS = ("plugin", "miller_madow", "grassberger", "chao_shen")
 _BIASED = 0.2  # standard errors of bias that cost the interval about one of its 95 %
 _FEW = 10  # samples an outcome, below which the standard error is too small as well
+_BIASED_DIMENSIONS = 2
 
 
 def entropy(
@@ -240,9 +241,10 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
         return Estimate(-math.inf, -math.inf, -math.inf, method="knn", n=len(points), warnings=warnings, level=level)
     local, spread = neighbour_interval(lambda rows, ks: _local_entropy(points[rows], ks), len(points), k, level)
     value = float(local.mean())
-    if points.shape[1] > 5:
+    if points.shape[1] > _BIASED_DIMENSIONS:
         warnings += (
-            f"dimension: {points.shape[1]} dimensions; nearest neighbours are biased upward at this sample size",
+            f"dimension: {points.shape[1]} dimensions; nearest neighbours are biased at this sample size, and the "
+            "interval does not hold all of it",
         )
     return Estimate(
         value,
