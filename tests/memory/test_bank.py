@@ -35,8 +35,9 @@ def test_int8_values_are_within_half_a_step_of_each_entry():
     assert (bank.gather(later)[0] - values[:1] - 5).abs().max() < 1
 
 
-def test_gather_from_an_empty_bank_is_all_zeros():
-    values, mask = MemoryBank(8, (2, 3)).gather(torch.tensor([[-1, -1]]))
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.int8])
+def test_gather_from_an_empty_bank_is_all_zeros(value_dtype):
+    values, mask = MemoryBank(8, (2, 3), value_dtype=value_dtype).gather(torch.tensor([[-1, -1]]))
     assert values.tolist() == torch.zeros(1, 2, 2, 3).tolist()
     assert mask.tolist() == [[False, False]]
 

@@ -184,7 +184,7 @@ class Contents:
 
     def values_at(self, rows: Tensor) -> Tensor:
         """Return decoded values (n, V) at row numbers."""
-        if not rows.numel() or not self.table.total:
+        if not self.table.total:
             return torch.zeros(rows.numel(), self.spec.value_size, dtype=self.codec.decoded_dtype)
         scales = self.table.gather(rows, "scales") if self.codec.quantised else None
         return self.codec.decode(self.table.gather(rows, "values"), scales)
