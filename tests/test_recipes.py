@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,56 @@ def test_smoke_runs_in_two_processes(tmp_path: Path) -> None:
         folder = tmp_path / script
         run(script, "--smoke", "--max-steps", steps, "--output", folder, processes=2)
         assert json.loads((folder / "summary.json").read_text())["eval_loss"] > 0
+
+
+ON_CPU = """
+import runpy, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+made = PartialState.__init__
+def make(self, *args, **kwargs):  # accelerate shards on accelerators alone; torch's FSDP2 does on a CPU too
+    made(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = make
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shards"), [("fsdp", "pytorch_model_fsdp_0/*.distcp"), ("deepspeed", "global_step2/zero_pp_rank_*")]
+)
+def test_sharded_training_gives_the_model_of_ddp_and_goes_on_bit_for_bit(
+    tmp_path: Path, kind: str, shards: str
+) -> None:
+    """The files of examples/accelerate, but for two processes and float32."""
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
+    (tmp_path / "on_cpu.py").write_text(ON_CPU)
+    arguments = ("--smoke", "--max-steps", 4, "--save-steps", 2, "--output")
+    launch = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--config_file", EXAMPLES / "accelerate" / f"{kind}.yaml", "--num_processes", 2, "--mixed_precision", "no",
+        *([tmp_path / "on_cpu.py"] if kind == "fsdp" else []), EXAMPLES / "finetune.py", *arguments, tmp_path / "parts",
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
+
+    def sharded() -> dict[str, torch.Tensor]:
+        done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return load_file(tmp_path / "parts" / "model.safetensors")
+
+    found = sharded()
+    assert len(list((tmp_path / "parts" / "checkpoint-2").glob(shards))) == 2
+    run("finetune.py", *arguments, tmp_path / "whole", processes=2)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == whole.keys()
+    assert max(float((found[name] - whole[name]).abs().max()) for name in found) < 1e-5
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    again = sharded()
+    assert all(torch.equal(again[name], found[name]) for name in found)
 
 
 def test_evaluate_smoke_scores_what_it_predicts() -> None:
