@@ -142,7 +142,7 @@ def fit_student(
     correlation, freedom = start.correlation, float(np.log(start.freedom))
     if np.isinf(freedom):
         few = ranks if n <= _FEW else rank_columns(ranks[:: n // _FEW].astype(np.float64))
-        scores = [_profile(few, candidate, correlation, 2)[0] for candidate in _GRID]
+        scores = [_profile(few, candidate, correlation, 1)[0] for candidate in _GRID]
         freedom = _vertex(np.log(_GRID), np.array(scores))
     for _ in range(3 if refine else 0):
         around = freedom + _STEP * np.array([-1.0, 0.0, 1.0])
@@ -150,7 +150,9 @@ def fit_student(
         freedom = _vertex(around, np.array(values))
         if values[1] == max(values):
             break
-    density, points, correlation = _profile(ranks, float(np.exp(freedom)), correlation, 4)
+    # A start that is a Student law, or a fit that will be refined, is close enough for two steps.
+    steps = 4 if refine and np.isinf(start.freedom) else 2
+    density, points, correlation = _profile(ranks, float(np.exp(freedom)), correlation, steps)
     return EllipticalCopula(correlation, split, n, float(np.exp(freedom)), points, density)
 
 
