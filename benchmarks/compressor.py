@@ -46,7 +46,7 @@ from tinyalign.perceiver import (
 )
 
 SIDE, PATCH, CHANNELS = 224, 16, 32
-STEPS, BATCH, RATE = 600, 32, 1e-3
+STEPS, BATCH, RATE = 300, 32, 1e-3
 FEW = 100  # pairs of a second measurement: what a linear reader finds from few examples
 MAX_PIXEL_RECORDS = 300  # the pixel encoder takes a tenth of a second per pair
 PIXELS, JOINT, BALANCED = "pixels, untrained (the release)", "patches and text joint, untrained", "balanced, untrained"

@@ -38,11 +38,11 @@ from tinyalign.perceiver import (
 )
 
 SIZES = PerceiverSizes()  # the paper's Table 3: 32 latents of width 96
-EPOCHS = 3.0
+EPOCHS = 3.0  # for hundreds of thousands of pairs; some hundreds of captions want hundreds of epochs
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 NUM_PATCHES = 128  # patches reconstructed per image and step
-LOSS_WEIGHTS = LossWeights(bag=1.0)  # the words out of order as much as those in order
+LOSS_WEIGHTS = LossWeights()  # patches and words in order once, the words out of order three times
 CAPTION_DROPOUT = 0.0  # share of captions to guess from the image alone
 MIXED_CAPTIONS = 0.5  # share of captions made of words of the whole batch, so that none is learned by heart
 HELD_OUT = 0.05

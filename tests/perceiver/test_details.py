@@ -38,10 +38,10 @@ PAPER = {  # Table 3, and the sizes of the release's inputs
     FoldedPixelPerceiver: {"chunk": 2048},
     LatentReader: {"hidden_dim": 128, "num_heads": 8},
     PerceiverPretrainer: {
-        "loss_weights": (1.0, 1.0, 0.3, 0.0), "caption_dropout": 0.0, "mixed_captions": 0.0, "num_patches": None,
+        "loss_weights": (1.0, 1.0, 3.0, 0.0), "caption_dropout": 0.0, "mixed_captions": 0.5, "num_patches": None,
         "hidden_dim": 128, "seed": 0,
     },
-    LossWeights: {"image": 1.0, "text": 1.0, "bag": 0.3, "contrastive": 0.0},
+    LossWeights: {"image": 1.0, "text": 1.0, "bag": 3.0, "contrastive": 0.0},
     compressor_diagnostics: {"seed": 0, "batch_size": 32, "num_probes": 10, "min_count": 4},
 }  # fmt: skip
 

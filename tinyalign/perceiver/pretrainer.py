@@ -48,7 +48,7 @@ class LossWeights(NamedTuple):
 
     image: float = 1.0
     text: float = 1.0
-    bag: float = 0.3
+    bag: float = 3.0
     contrastive: float = 0.0
 
 
@@ -103,7 +103,7 @@ class PerceiverPretrainer(nn.Module):
         *,
         loss_weights: LossWeights = LossWeights(),  # noqa: B008  a tuple of numbers cannot change
         caption_dropout: float = 0.0,
-        mixed_captions: float = 0.0,
+        mixed_captions: float = 0.5,
         num_patches: int | None = None,
         hidden_dim: int = 128,
         seed: int = 0,
