@@ -106,6 +106,9 @@ def test_corrections_and_dimensions_of_divergences_are_said() -> None:
     assert kl_from_samples(p, q, method="surrogate").warned("bias")
     assert kl_from_samples(p, q, method="knn").warned("dimension")
     assert not kl_from_samples(p[:, :1], q[:, :1] - 0.8, method="knn").warnings
+    for width in (1, 2, 3):
+        few = kl_from_samples(p[:, :width], q[:, :width] - 0.8, method="knn")
+        assert few.warned("dimension") == (width > 2)
 
 
 def test_an_uncertain_entropy_widens_even_an_exact_loss() -> None:

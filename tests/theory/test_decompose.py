@@ -156,6 +156,8 @@ def test_level_bounds_hold_the_levels_of_a_world() -> None:
     assert bounds.irreducible_error.lower.value > 0.5 * terms.irreducible_error
     assert bounds.conditional_entropy.low <= terms.conditional_entropy <= bounds.conditional_entropy.high
     assert bounds.mutual_information.low <= terms.mutual_information <= bounds.mutual_information.high
+    for none in (bounds.conditional_entropy.lower, bounds.mutual_information.lower):
+        assert (none.value, none.low, none.high) == (0.0, 0.0, 0.0)
     emi = bounds.effective_mutual_information
     assert emi.low <= terms.effective_mutual_information <= emi.high
 

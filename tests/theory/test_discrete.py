@@ -15,7 +15,7 @@ from tinyalign.theory import (
     mutual_information,
     table_information,
 )
-from tinyalign.theory.entropies import jackknife_shift
+from tinyalign.theory.entropies import jackknife_shift, undersampling_warnings
 
 
 def table_of(seed: int, rows: int, columns: int) -> np.ndarray:
@@ -148,6 +148,25 @@ def test_a_bias_that_is_left_is_said() -> None:
     jackknife = 11 * plugin - 10 * (counts @ left) / 11
     assert jackknife_shift(counts) == pytest.approx(jackknife - discrete_entropy(counts, "miller_madow"))
     assert jackknife_shift([1]) == 0.0
+
+
+def test_undersampled_means_fewer_than_five_samples_an_outcome_or_a_tenth_seen_once() -> None:
+    assert not undersampling_warnings([5, 5, 5, 5])
+    assert undersampling_warnings([5, 5, 5, 4])
+    assert not undersampling_warnings([9, 1])
+    assert undersampling_warnings([8, 1])
+
+
+def test_a_constant_shares_nothing_whatever_the_correction() -> None:
+    for method in ("auto", "plugin", "grassberger", "null_adjusted"):
+        result = mutual_information(np.zeros(100, dtype=int), np.arange(100) % 4, method=method)
+        assert result.value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_continuous_samples_get_the_fourth_neighbour_unless_told() -> None:
+    x = np.random.default_rng(0).normal(size=200)
+    assert entropy(x).value == knn_entropy(x).value == knn_entropy(x, k=4).value
+    assert entropy(x, k=5).value == knn_entropy(x, k=5).value != entropy(x).value
 
 
 def test_one_outcome_has_no_entropy_and_no_interval() -> None:

@@ -167,6 +167,15 @@ def test_margins_interval_is_students_over_ten_subsets() -> None:
     assert result.value - result.low == pytest.approx(stats.t.ppf(0.975, 9) * result.std_error)
 
 
+def test_one_sample_beyond_all_others_is_not_a_lack_of_support() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.uniform(size=(2, 500, 2))
+    p[0] = 1.05
+    assert not kl_from_samples(p, q, method="margins").warned("support")
+    p[:10, 0] = 1.05
+    assert kl_from_samples(p, q, method="margins").warned("support")
+
+
 def test_columns_that_never_vary_have_no_divergence() -> None:
     result = kl_from_samples(np.ones((50, 2)), np.ones((60, 2)))
     assert (result.value, result.low, result.high, result.method) == (0.0, 0.0, 0.0, "constant")

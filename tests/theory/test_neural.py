@@ -117,3 +117,10 @@ def test_bad_input_is_refused() -> None:
         neural_information(*pair(100), bound="mine")
     with pytest.raises(ValueError, match="x must hold more than k = 49 samples, got 20"):
         neural_information(*pair(20))
+
+
+def test_units_of_the_columns_do_not_matter() -> None:
+    x, y = pair(200)
+    wide = np.hstack([x, y**2])
+    small = neural_information(1e-3 * wide + 5.0, 1e4 * y, steps=20)
+    assert small.value == pytest.approx(neural_information(wide, y, steps=20).value, abs=1e-3)

@@ -117,6 +117,35 @@ def test_plane_divergence_of_each_pair() -> None:
         assert abs(clear) < 4
 
 
+def test_plane_divergence_reads_the_pair_that_it_is_asked_for() -> None:
+    """A ring is uncorrelated, so it is the second canonical pair beside a correlated one."""
+    x, y = pairs(3000, [0.8, 0.0], 0)
+    y[:, 1] = x[:, 1] ** 2 + 0.3 * y[:, 1]
+    law = fit_gaussian(normal_scores(np.hstack([x, y])), 2).leading(2)
+    first, second = (plane_divergence(law, pair) for pair in (0, 1))
+    assert abs(first[0]) < 5 * first[1]
+    assert second[0] > 0.5
+
+
+def test_tails_that_no_single_pair_shows_are_seen_in_the_radius() -> None:
+    """30 degrees of freedom in 5+5 columns: 1 / 26 in the moment of a pair, 240 / 26 in that of the squared radius."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(4000, 10))
+        heavy = z * np.sqrt(30 / rng.chisquare(30, 4000))[:, None]
+        assert smooth_test(fit_gaussian(normal_scores(heavy), 5)).radial
+        assert not smooth_test(fit_gaussian(normal_scores(z), 5)).radial
+
+
+def test_where_neighbours_carry_the_estimate_its_error_is_theirs() -> None:
+    x = np.random.default_rng(0).normal(size=(1500, 2))
+    ring = x[:, :1], x[:, :1] ** 2 + 0.3 * x[:, 1:]
+    result = mutual_information(*ring)
+    terms = ksg_local(normal_scores(ring[0]), normal_scores(ring[1]), [4])[0]
+    assert result.method == "surrogate"
+    assert result.std_error == pytest.approx(1.2 * terms.std() / np.sqrt(1500), rel=1e-6)
+
+
 def test_extrapolation_recovers_a_power_law_and_leaves_a_flat_one() -> None:
     for width, power in ((5, 1 / 2.7), (6, 1 / 3.7), (10, 1 / 7.7)):
         bias = -0.05 * np.array([4.0, 8.0, 16.0]) ** power
