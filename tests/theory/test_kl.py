@@ -225,3 +225,10 @@ def test_few_skewed_draws_keep_their_coverage() -> None:
 def test_a_constant_log_ratio_has_an_exact_interval() -> None:
     result = monte_carlo_kl(np.zeros(100), np.full(100, -0.1), method="k1")
     assert (result.value, result.low, result.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(("n", "said"), [(20, False), (21, True)])
+def test_one_draw_may_carry_the_ratio_of_twenty(n: int, said: bool) -> None:
+    ratio = np.full(n, (n - 3.0) / (n - 1))
+    ratio[5] = 3.0
+    assert monte_carlo_kl(np.zeros(n), np.log(ratio)).warned("support_check") == said
