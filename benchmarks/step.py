@@ -86,7 +86,8 @@ class Step:
         options = {} if arm is None else {"num_neighbours": arm[0], "rag_num_tokens": arm[1]}
         self.model = TinyAlignVLM.from_parts(tower, llm, memory=bank, bos_token_id=1, **options).to(device).train()
         self.model.freeze_for("pretrain")
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)  # as Trainer does
         B, N = args.batch_size, self.model.vision.num_tokens
         ids = torch.cat([torch.full((B, N), -200), torch.randint(3, 1000, (B, sizes.text_tokens))], dim=1)
         labels = torch.full_like(ids, -100)
