@@ -1,8 +1,9 @@
 """Measure the memory bank against faiss, torch, a naive loop and the machine's limits, all in one run.
 
 Prints CPU milliseconds of one thread and ratios to the reference of each table; absolute numbers drift with the
-machine, ratios much less. ``--entries 5000`` is a quick look; ``--no-hnsw`` leaves out the graph, which takes its time
-to build. Milvus is measured where pymilvus and milvus-lite are installed, a GPU where there is one.
+machine, ratios much less. ``--entries 5000`` is a quick look, ``--only gather`` one part of it; ``--no-hnsw`` leaves
+out the graph, which takes its time to build. Milvus is measured where pymilvus and milvus-lite are installed, a GPU
+where there is one.
 """
 
 from __future__ import annotations
@@ -170,9 +171,11 @@ def gather(folder: Path, count: int) -> None:
             spent, payload = (time.perf_counter() - begin) * 1e3, batch * K * row_bytes
             line(f"cold, batch {batch}", f"{spent:.1f} ms", f"{(read_bytes() - before) / payload:.2f}x payload")
             del bank
-    bank = MemoryBank.load(folder)
-    for path in folder.rglob("values.bin"):  # warm the cache
+    if hasattr(os, "posix_fadvise"):
+        drop_cache(folder)  # what was read page by page stays in small pages
+    for path in folder.rglob("values.bin"):
         path.read_bytes()
+    bank = MemoryBank.load(folder)
     loaded = bank.gather(bank.ids)[0].float()[:, None]
     raw = bank._contents.table.segments[0].columns.values
 
@@ -217,8 +220,8 @@ torch.set_num_threads(1)
 torch.randn(256, 256) @ torch.randn(256, 256)
 start = memory()
 bank = MemoryBank.load(sys.argv[1])
-for begin in range(0, len(bank), 1024):
-    bank.gather(bank.ids[begin : begin + 1024])
+for ids in bank.ids.split(128):
+    bank.gather(ids)
 bank.neighbours(torch.ones(1, bank.key_dim), 1)
 print("read", flush=True)
 input()
@@ -340,6 +343,9 @@ def on_cuda(bank: MemoryBank) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=100_000)
+    parser.add_argument(
+        "--only", action="append", help="memory, files, gather, int8, milvus, cuda or search; all if none"
+    )
     parser.add_argument("--hnsw", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where the bank is written; a temporary folder otherwise")
     options = parser.parse_args()
@@ -357,13 +363,18 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.rglob("*.bin"))
         print(f"{options.entries} entries: added in {added - begin:.1f} s, saved {size / 1e6:.0f} MB in ", end="")
         print(f"{time.perf_counter() - added:.1f} s")
-        shared_memory(folder)
-        durability(folder)
-        gather(folder, options.entries)
-        quantisation()
-        on_milvus(keys)
-        on_cuda(MemoryBank.load(folder))
-        search(keys, MemoryBank.load(folder), options.hnsw)
+        del bank
+        parts: dict[str, Callable[[], None]] = {
+            "memory": lambda: shared_memory(folder),
+            "files": lambda: durability(folder),
+            "gather": lambda: gather(folder, options.entries),
+            "int8": quantisation,
+            "milvus": lambda: on_milvus(keys),
+            "cuda": lambda: on_cuda(MemoryBank.load(folder)),
+            "search": lambda: search(keys, MemoryBank.load(folder), options.hnsw),
+        }
+        for part_name in options.only or parts:
+            parts[part_name]()
 
 
 if __name__ == "__main__":
