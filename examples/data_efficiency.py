@@ -10,8 +10,8 @@ the accuracy is exact match on the questions of `--eval`; without `--vision` and
 language model are trained on the spot, on the pre-training half.
 
 A finished run is kept in OUTPUT/runs.jsonl and not run again: after a kill, give the same command. The paper says that
-40 % of the data are enough to reach the baseline's 100 %. Expect that on easy-VQA but for 0.2 points, with TinyAlign 0.9
-to 2.3 points over the baseline at every share, and no difference that three seeds could tell on the digits.
+40 % of the data are enough to reach the baseline's 100 %. Expect that on easy-VQA but for 0.2 points, with TinyAlign
+0.9 to 2.3 points over the baseline at every share, and no difference that three seeds could tell on the digits.
 """
 
 from __future__ import annotations
