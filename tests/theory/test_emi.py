@@ -248,6 +248,14 @@ def test_bca_equals_scipys_on_skewed_differences() -> None:
     assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.02 * (high - low))
 
 
+def test_bca_splits_resampled_means_that_equal_the_estimate() -> None:
+    """Of ones and zeros a sixth of the resampled means equal the estimate; scipy counts half of them, too."""
+    gain = np.repeat([0.0, 1.0], [20, 9])
+    ours = delta_emi(gain, 0 * gain, interval="bca", draws=20_000)
+    theirs = stats.bootstrap((gain,), np.mean, method="BCa", n_resamples=20_000, random_state=0)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=1e-9)
+
+
 def test_few_clusters_are_fewer_than_thirty() -> None:
     for count, few in ((29, True), (30, False)):
         gain = np.random.default_rng(0).normal(size=2 * count)

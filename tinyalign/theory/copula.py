@@ -43,14 +43,18 @@ class EllipticalCopula:
 
     @property
     def information(self) -> float:
-        """Mutual information of the fitted law, less the expected bias of its determinants, in nats."""
+        """Mutual information of the fitted law, less its expected bias, in nats."""
+        value = _gaussian_information(self.correlation, self.split) - self.bias
+        if np.isfinite(self.freedom):
+            value += _radial_information(self.freedom, self.split, len(self.correlation) - self.split)
+        return value
+
+    @property
+    def bias(self) -> float:
+        """Expected bias of the information from the determinants of estimated correlations, in nats."""
         width = len(self.correlation)
         left, right = self.split, width - self.split
-        value = _gaussian_information(self.correlation, self.split)
-        value -= _log_det_bias(self.n, left) + _log_det_bias(self.n, right) - _log_det_bias(self.n, width)
-        if np.isfinite(self.freedom):
-            value += _radial_information(self.freedom, left, right)
-        return value
+        return _log_det_bias(self.n, left) + _log_det_bias(self.n, right) - _log_det_bias(self.n, width)
 
     def pointwise(self, points: FloatArray | None = None) -> FloatArray:
         """Compute log p(x, y) / p(x) p(y) of the fitted law at points on its margins, (n,)."""

@@ -159,7 +159,8 @@ def _studentised(
 
 def _bca(top: FloatArray, bottom: FloatArray, value: float, level: float, draws: int, seed: int) -> tuple[float, float]:
     ratios, _ = _resample(top, bottom, draws, seed)
-    below = (np.sum(ratios < value) + 0.5 * np.sum(ratios == value)) / len(ratios)
+    equal = np.abs(ratios - value) <= 1e-12 * max(abs(value), float(np.ptp(ratios)))  # but for rounding
+    below = (np.sum(~equal & (ratios < value)) + 0.5 * np.sum(equal)) / len(ratios)
     bias = float(special.ndtri(np.clip(below, 0.5 / len(ratios), 1 - 0.5 / len(ratios))))
     leave_out = (top.sum() - top) / (bottom.sum() - bottom)
     centred = leave_out.mean() - leave_out
