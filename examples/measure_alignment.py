@@ -11,7 +11,7 @@ comparisons need no second run.
 
 With --digits a baseline and a retrieving model are trained on the quickstart's frozen parts (a tower and a language
 model, trained once and cached), saved, reopened and compared on 400 held-out scenes; "baseline -> bank" comes out near
-0.4 nats a caption and above zero, and the control arms, which b was not trained with, far below. The entropy of these
+0.3 nats a caption and above zero, and the control arms, which b was not trained with, far below. The entropy of these
 captions is known, so that the levels of equation (5) are printed too. With --smoke the parts start random and 60 steps
 are too short to learn to read memories: "baseline -> bank" is not told from zero, while "image" comes out near 0.30
 nats per token.

@@ -146,7 +146,7 @@ def fit_student(
     correlation, freedom = start.correlation, float(np.log(start.freedom))
     if np.isinf(freedom):
         few = ranks if n <= _FEW else rank_columns(ranks[:: n // _FEW].astype(np.float64))
-        scores = [_profile(few, candidate, correlation, 1)[0] for candidate in _GRID]
+        scores = [_profile(few, candidate, correlation, 2)[0] for candidate in _GRID]
         freedom = _vertex(np.log(_GRID), np.array(scores))
     for _ in range(3 if refine else 0):
         around = freedom + _STEP * np.array([-1.0, 0.0, 1.0])
