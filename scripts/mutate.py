@@ -148,7 +148,11 @@ class Bench:
 
         sources = [f"--cov={self.copy / folder}" for folder in SOURCES.get(package, (f"tinyalign/{package}",))]
         began = time.monotonic()
-        result = run_tests(self.copy, [*sources, "--cov-context=test", "--cov-report=", *self.tests], timeout=3600)
+        result = run_tests(
+            self.copy,
+            [*sources, "--cov-context=test", "--cov-report=", "--cov-fail-under=0", *self.tests],
+            timeout=3600,
+        )
         if result["status"] != 0:
             said = (self.copy / "output.txt").read_text(errors="replace")[-3000:]
             raise SystemExit(f"the tests of {package} must pass before anything is broken; they said:\n{said}")
