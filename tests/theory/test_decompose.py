@@ -166,6 +166,15 @@ def test_weighted_accuracy_is_equation_eight() -> None:
     assert weighted_accuracy([0.5, 1.0, 0.0], [10, 30, 60]) == pytest.approx((5 + 30) / 100)
 
 
+@pytest.mark.parametrize(
+    ("scores", "counts"),
+    [([0.5, np.nan], [1, 1]), ([0.5, 0.5], [1, np.inf]), ([0.5, 0.5], [2, -1]), ([0.5, 0.5], [0, 0])],
+)
+def test_accuracies_that_cannot_be_weighted_are_refused(scores: list[float], counts: list[float]) -> None:
+    with pytest.raises(ValueError, match="counts must be non-negative with a positive sum and all values finite"):
+        weighted_accuracy(scores, counts)
+
+
 def test_bad_worlds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"emi_terms: law must sum to 1, got an error of 0\.5"):
         emi_terms([[0.25, 0.25]], [[0.5, 0.5]])

@@ -163,6 +163,11 @@ def test_a_constant_shares_nothing() -> None:
         assert result.value == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_copy_of_two_labels_keeps_its_entropy_when_shuffles_are_taken_out() -> None:
+    x = np.arange(60) % 2
+    assert mutual_information(x, x, method="null_adjusted").value == pytest.approx(np.log(2))
+
+
 def test_continuous_samples_get_the_fourth_neighbour_unless_told() -> None:
     x = np.random.default_rng(0).normal(size=200)
     assert entropy(x).value == knn_entropy(x).value == knn_entropy(x, k=4).value

@@ -39,6 +39,7 @@ def test_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
         assert getattr(table, name).dtype == getattr(again, name).dtype
     assert (again.condition, again.tokenizer) == ("no_image", "abc")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.safetensors"]
+    assert (tmp_path / "deep" / "table.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_absent_columns_stay_absent(tmp_path: Path) -> None:

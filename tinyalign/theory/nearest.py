@@ -68,9 +68,7 @@ def ksg(
     )  # fmt: skip
 
 
-def ksg_local(
-    x: FloatArray, y: FloatArray, ks: list[int], variant: int = 1, *, rows: IntArray | None = None
-) -> list[FloatArray]:
+def ksg_local(x: FloatArray, y: FloatArray, ks: list[int], variant: int = 1) -> list[FloatArray]:
     """Compute the per-sample terms whose mean is the KSG estimate, for several k in one search.
 
     Args:
@@ -78,16 +76,14 @@ def ksg_local(
         y: samples, row by row with x.
         ks: the neighbours.
         variant: KSG 1 or 2.
-        rows: the samples whose terms are wanted; None wants all. Neighbours are searched among all.
 
     Shape:
-        x: (n, dx). y: (n, dy). returns: one (n,) or (len(rows),) for each k.
+        x: (n, dx). y: (n, dy). returns: one (n,) for each k.
     """
     joint = np.hstack([x, y])
     if variant == 2:
         return [_rectangles(x, y, joint, k) for k in ks]
-    radii = kth_distances(joint, ks) if rows is None else kth_distances(joint, [k + 1 for k in ks], joint[rows])
-    return list(ksg_terms(x, y, radii, ks, rows).T)
+    return list(ksg_terms(x, y, kth_distances(joint, ks), ks, None).T)
 
 
 def ksg_terms(x: FloatArray, y: FloatArray, radii: FloatArray, ks: list[int], rows: IntArray | None) -> FloatArray:
