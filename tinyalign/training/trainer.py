@@ -56,12 +56,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
     def opening(self) -> str:
         """Say where the run starts, how much trains, and how long the first samples are; to be read before the wait."""
         first = last_whole_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        model: Any = self.model
         data: Any = self.train_dataset
+        collator: Any = self.data_collator
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         said = f"{len(data)} samples, {trained:,} parameters train"
-        if hasattr(self.data_collator, "measure"):
+        if hasattr(collator, "measure"):
             some = [data[at] for at in range(min(MEASURED, len(data)))]
-            said += f"; of the first, {self.data_collator.measure(some)}"
+            said += f"; of the first, {collator.measure(some)}"
         return f"{'from the start' if first is None else f'going on from {first}'}\n{said}"
 
     def resume(self) -> Any:
