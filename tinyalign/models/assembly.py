@@ -118,8 +118,7 @@ def _image_features(model: TinyAlignVLM, batch: Batch, is_image: Tensor) -> tupl
         if features.dim() != 3 or features.shape[-1] != model.connector.input_dim:
             raise ValueError(
                 f"TinyAlignVLM.forward: image_features must have shape (num_images, N, {model.connector.input_dim}), "
-                f"got "
-                f"{tuple(features.shape)}. Use model.vision(pixel_values), or the tower the model was built with."
+                f"got {tuple(features.shape)}. Use model.vision(pixel_values), or the tower the model was built with."
             )
     elif batch.pixel_values is not None and batch.pixel_values.shape[0]:
         features = model.vision(batch.pixel_values)
@@ -149,8 +148,7 @@ def _retrieve(model: TinyAlignVLM, batch: Batch, arm: str, features: Tensor, cou
     if model.rag_connector is None or model.prompt_latents is None:
         raise ValueError(
             f"TinyAlignVLM.forward: retrieval must be 'off' for a model without a retrieval branch, got {arm!r}. "
-            f"Build it "
-            f"with memory= or compressor=."
+            "Build it with memory= or compressor=."
         )
     B, K, device = len(batch.input_ids), config.num_neighbours, batch.input_ids.device
     if arm == "prompt":
@@ -166,8 +164,8 @@ def _retrieve(model: TinyAlignVLM, batch: Batch, arm: str, features: Tensor, cou
     if arm == "bank" and model.training and batch.sample_ids is None:
         raise ValueError(
             "TinyAlignVLM.forward: sample_ids must be given in training, got None. Without them a sample could "
-            "retrieve "
-            "itself; pass sample_ids (LlavaCollator does), or neighbour_ids made with exclusion, or call model.eval()."
+            "retrieve itself; pass sample_ids (LlavaCollator does), or neighbour_ids made with exclusion, or call "
+            "model.eval()."
         )
     memory = _bank(model)
     with torch.no_grad():
@@ -204,8 +202,7 @@ def _given(model: TinyAlignVLM, retrieved: Any, B: int) -> Retrieved:
     if values.dim() != 4 or (values.shape[0], *values.shape[2:]) != expected:
         raise ValueError(
             f"TinyAlignVLM.forward: retrieved must begin with values of shape ({B}, K, {expected[1]}, {expected[2]}), "
-            f"got "
-            f"{tuple(values.shape)}. Take them from memory.gather(neighbour_ids)."
+            f"got {tuple(values.shape)}. Take them from memory.gather(neighbour_ids)."
         )
     return Retrieved(values, mask, *rest)
 
@@ -214,10 +211,9 @@ def _bank(model: TinyAlignVLM) -> Any:
     if model.memory is None:
         where = model.config.memory_path
         raise ValueError(
-            f"TinyAlignVLM.forward: memory must be attached to retrieve, got None"
-            f"{'' if where is None else f' (nothing was found at {where!r} beside the checkpoint)'}. Set model.memory "
-            f"= "
-            f"MemoryBank.load(path), pass memory= to from_pretrained, or use retrieval='off'."
+            "TinyAlignVLM.forward: memory must be attached to retrieve, got "
+            f"None{'' if where is None else f' (nothing was found at {where!r} beside the checkpoint)'}. Set "
+            "model.memory = MemoryBank.load(path), pass memory= to from_pretrained, or use retrieval='off'."
         )
     return model.memory
 

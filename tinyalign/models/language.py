@@ -24,8 +24,7 @@ def check_keywords(language_model: nn.Module, kwargs: dict[str, Any]) -> None:
         if name not in taken and value is not None:
             raise TypeError(
                 f"TinyAlignVLM.forward: arguments must be known to the model, got {name!r}. Check the spelling; "
-                f"input_ids "
-                f"is what places images and retrieval, not inputs_embeds."
+                "input_ids is what places images and retrieval, not inputs_embeds."
             )
 
 

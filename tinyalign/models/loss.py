@@ -53,8 +53,7 @@ def labelled_rows(labels: Tensor, max_supervised_tokens: int | None = None) -> L
         if max_supervised_tokens is not None and most > max_supervised_tokens:
             raise ValueError(
                 f"labelled_rows: max_supervised_tokens must cover every row, got {max_supervised_tokens} where a row "
-                f"has {most} "
-                f"supervised tokens. Take it from the collator, or leave it out."
+                f"has {most} supervised tokens. Take it from the collator, or leave it out."
             )
         width = most
     elif max_supervised_tokens is not None:

@@ -122,10 +122,8 @@ class TinyAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         if sum(counts) != len(pictures) or (given is not None and given != counts):
             raise ValueError(
                 f"TinyAlignProcessor: images must match the {IMAGE_PLACEHOLDER} placeholders of each text, got "
-                f"{counts} "
-                f"placeholders and {len(pictures) if given is None else given} images. Write one {IMAGE_PLACEHOLDER} "
-                f"per "
-                f"picture."
+                f"{counts} placeholders and {len(pictures) if given is None else given} images. Write one "
+                f"{IMAGE_PLACEHOLDER} per picture."
             )
         pad, width = pad_token_id(self.tokenizer), max(len(row.input_ids) for row in rows)
 

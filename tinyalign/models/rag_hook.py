@@ -62,8 +62,7 @@ class EmbeddingPlug:
             if self.calls == 0 and not continues and tokens.shape[1]:
                 raise RuntimeError(
                     "EmbeddingPlug.use: the model must look its input_ids up, got retrieved latents and no look-up. "
-                    "Pass "
-                    "input_ids with retrieval tokens (aligned.processor places them), not inputs_embeds."
+                    "Pass input_ids with retrieval tokens (aligned.processor places them), not inputs_embeds."
                 )
         finally:
             self.tokens, self.offset, self._marked = None, None, None

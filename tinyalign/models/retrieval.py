@@ -90,8 +90,7 @@ def arm_neighbours(
         if (others < 0).any():
             raise ValueError(
                 f"arm_neighbours: memory must hold an entry of another group for arm 'shuffled', got {len(memory)} "
-                f"entries "
-                f"that all belong to sample {int(own[others < 0][0])}. Use a larger bank."
+                f"entries that all belong to sample {int(own[others < 0][0])}. Use a larger bank."
             )
         barred = np.stack([own, others], axis=1)  # another sample's own entry is no neighbour of it either
         keys = memory.keys(torch.from_numpy(others)).to(queries.device)

@@ -77,8 +77,7 @@ class SampleEncoder:
             if not sample.images:
                 raise ValueError(
                     f"SampleEncoder: samples must have an image to be found by, got {sample.id!r} without. Leave "
-                    f"text-only "
-                    f"samples out of the bank."
+                    "text-only samples out of the bank."
                 )
         images = [load_image(image) for sample in samples for image in sample.images]
         pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]

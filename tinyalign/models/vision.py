@@ -119,8 +119,7 @@ class VisionFeatures(nn.Module):
             raise ValueError(
                 f"VisionFeatures.forward: tower must give {layers + 1} hidden states for {layers} layers, got "
                 f"{len(output.hidden_states)}. A layer shared between two model objects is recorded twice; load the "
-                f"tower "
-                f"on its own."
+                "tower on its own."
             )
         features: Tensor = output.hidden_states[self.layer]
         if module is not None:

@@ -295,9 +295,8 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         check_keywords(self.language_model, kwargs)
         if input_ids is None:
             raise ValueError(
-                "TinyAlignVLM.forward: input_ids must be given, got None. Images and retrieval are placed by the ids; "
-                "pass "
-                "image_features= or retrieved= for what is computed already."
+                "TinyAlignVLM.forward: input_ids must be given, got None. Images and retrieval are placed by the "
+                "ids; pass image_features= or retrieved= for what is computed already."
             )
         batch = Batch(
             input_ids, attention_mask, labels, pixel_values, image_features, image_counts, sample_ids, groups,
@@ -343,10 +342,9 @@ class TinyAlignVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError(
-                f"TinyAlignVLM.generate: attention_mask must be padded on the left, got rows "
+                "TinyAlignVLM.generate: attention_mask must be padded on the left, got rows "
                 f"{(attention_mask[:, -1] == 0).nonzero().flatten().tolist()} that end in padding. Let the processor "
-                f"pad: "
-                f"processor(text=..., images=..., padding=True)."
+                "pad: processor(text=..., images=..., padding=True)."
             )
         generate_kwargs.pop("labels", None)
         if generate_kwargs.pop("inputs_embeds", None) is not None:
