@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyalign.theory import (
@@ -120,6 +120,7 @@ def test_plugin_obeys_the_chain_rule_and_its_bounds(records: list[tuple[int, int
 
 @settings(max_examples=6)
 @given(SEEDS)
+@example(1086)  # there the choice of estimator hung on eigenvectors of an identity
 def test_divergence_does_not_see_units_or_shifts(seed: int) -> None:
     rng = np.random.default_rng(seed)
     p, q = rng.normal(size=(2, 400, 2)) * [[[1.0]], [[1.3]]]

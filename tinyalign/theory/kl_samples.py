@@ -236,8 +236,13 @@ def _normal(x: FloatArray) -> _Normal:
 
 
 def _draw(law: _Normal, rng: np.random.Generator, n: int) -> FloatArray:
-    values, vectors = np.linalg.eigh(law.covariance)
-    return np.asarray(law.mean + rng.normal(size=(n, len(law.mean))) @ (vectors * np.sqrt(np.maximum(values, 0))).T)
+    return np.asarray(law.mean + rng.normal(size=(n, len(law.mean))) @ _root(law.covariance).T)
+
+
+def _root(covariance: FloatArray) -> FloatArray:
+    """Cholesky's. Eigenvectors of what is whitened already turn with its rounding, and what is drawn by them too."""
+    floor = _FLAT**2 * max(float(np.diag(covariance).max()), 1e-300)
+    return np.asarray(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))), dtype=np.float64)
 
 
 def _log_ratio(x: FloatArray, p: _Normal, q: _Normal) -> FloatArray:
@@ -259,13 +264,14 @@ def _local(p: FloatArray, q: FloatArray, k: int) -> FloatArray:
 def _whitener(x: FloatArray) -> FloatArray:
     values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x.T)))
     floor = max(float(values[-1]), 1e-300) * 1e-12
-    return np.asarray(vectors / np.sqrt(np.maximum(values, floor)))
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
+    return np.asarray(vectors * np.sign(largest) / np.sqrt(np.maximum(values, floor)))
 
 
 def _looks_normal(x: FloatArray, law: _Normal) -> bool:
     """Mardia's kurtosis and the third and fourth moments of each whitened column."""
     n, width = x.shape
-    z = (x - law.mean) @ _whitener(x)
+    z = np.linalg.solve(_root(law.covariance), (x - law.mean).T).T
     radius = (z**2).sum(axis=1)
     kurtosis = abs(float((radius**2).mean()) - width * (width + 2)) / math.sqrt(8 * width * (width + 2) / n)
     skew = np.abs((z**3).mean(axis=0)).max() / math.sqrt(6.0 / n)
