@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def _rank(rank: int, folder: str) -> None:
         model.zero_grad()
         parallel(**_half(whole, rank)).loss.backward()
     torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # Taking a process group down from under DDP can wait for ever: its thread needs the lock that the destructor holds.
+    os._exit(0)
 
 
 def _half(whole: dict[str, Any], rank: int) -> dict[str, Any]:
