@@ -39,8 +39,9 @@ def test_unpooled_tokens_follow_their_items(seed, rows, items, latents, gate):
     connector = RAGConnector(6, 8, gate=gate).double()
     if gate:
         torch.nn.init.normal_(connector.gate)
-    values, mask = drawn(seed, rows, items, latents, 6), some_mask(seed, rows, items)
-    scores = drawn(seed + 1, rows, items)
+    # Of unit spread: what the norm adds to the variance is then 1e-5 of it, whatever was drawn.
+    values = torch.nn.functional.layer_norm(drawn(seed, rows, items, latents, 6), [6])
+    mask, scores = some_mask(seed, rows, items), drawn(seed + 1, rows, items)
     tokens, keep = connector(values, mask, scores)
     assert torch.equal(keep, mask.repeat_interleave(latents, 1))
     order = torch.randperm(items, generator=torch.Generator().manual_seed(seed))
