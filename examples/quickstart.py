@@ -21,17 +21,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from tinyalign.data import DigitScenes, Sample
 from tinyalign.memory import AttentionPooledKey, MemoryBank, build_memory_bank, leakage_report
@@ -40,6 +40,7 @@ from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_par
 from tinyalign.models.frozen import (
     FoundNeighbours,
     FrozenSamples,
+    caption_recall,
     compress_samples,
     find_neighbours,
     freeze_samples,
@@ -177,7 +178,7 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
         model = copy.deepcopy(outcomes[name].model).freeze_for("instruct")
         instructed[name] = fit(model, stage_2, partial(found, arms[name]), seed, f"seed {seed}, stage 2, {name}")
 
-    neighbours = found("bank", heldout).neighbours.ids
+    near = found("bank", heldout)
     leakage = leakage_report(leaky_bank, train.queries, train.rows["sample_ids"], train.rows["groups"], k=NEIGHBOURS)
     summary = {
         "seed": seed,
@@ -185,8 +186,8 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
         "arms": {name: describe(o, outcomes["baseline"], 1, scenes.caption_entropy) for name, o in outcomes.items()},
         "stage2": {name: describe(o, instructed["baseline"], 2, None) for name, o in instructed.items()},
         "retrieval": {
-            "recall_at_5": recall(heldout.samples, bank, neighbours),
-            "chance_recall": recall(heldout.samples, bank, neighbours.roll(1, 0)),
+            "recall_at_5": caption_recall(heldout, near),
+            "chance_recall": caption_recall(heldout, near.take(torch.arange(len(heldout)).roll(1))),
             "self_hits": leakage.with_exclusion.self_hits,
             "self_hits_without_exclusion": leakage.without_exclusion.self_hits,
         },
@@ -200,7 +201,7 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
     kept = {sample.sample_id: (sample.images[0], sample.turns[1].text) for sample in pairs.samples}
     sheet = [
         [(sample.images[0], sample.turns[1].text), *(kept[entry] for entry in row)]
-        for sample, row in zip(heldout.samples[:6], neighbours[:6].tolist(), strict=True)
+        for sample, row in zip(heldout.samples[:6], near.neighbours.ids[:6].tolist(), strict=True)
     ]
     return summary, {"curves": curves, "sheet": sheet}
 
@@ -238,12 +239,6 @@ def shrink() -> DigitRecipe:
     global BANK, TRAIN, HELDOUT, COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS
     BANK, TRAIN, HELDOUT, COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 200, 64, 40, 10, 5, 3
     return DigitRecipe(tower_steps=5, language_steps=5, batch_size=16, num_scenes=64, hidden_dim=48)
-
-
-def recall(queries: Sequence[Sample], bank: MemoryBank, neighbours: Tensor) -> float:
-    """Share of queries of which one neighbour has the very same caption."""
-    found = [{entry["text"] for entry in bank.metadata(row)} for row in neighbours]
-    return float(np.mean([sample.turns[1].text in texts for sample, texts in zip(queries, found, strict=True)]))
 
 
 def describe(outcome: Outcome, baseline: Outcome, stage: int, entropy: float | None) -> dict:

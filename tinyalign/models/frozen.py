@@ -249,7 +249,7 @@ def caption_recall(part: FrozenSamples, found: FoundNeighbours) -> float:
 
     Args:
         part: the samples.
-        found: their neighbours, in a bank that `frozen_bank` made.
+        found: their neighbours, in a bank whose entries carry their caption, as `build_memory_bank` leaves them.
     """
     said = [{note["text"] for note in found.memory.metadata(row[row >= 0])} for row in found.neighbours.ids]
     hits = [caption_of(sample) in texts for sample, texts in zip(part.samples, said, strict=True)]
