@@ -61,10 +61,11 @@ class ValueCodec:
         scales = centred.abs().amax(-1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
         return (centred / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
-    def decode(self, stored: Tensor, scales: Tensor | None) -> Tensor:
-        """Return values (n, V) as ``decoded_dtype``."""
+    def decode(self, stored: Tensor, scales: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Return values (n, V) as ``decoded_dtype``; those of int8 are written to ``out`` if given."""
         if not self.quantised:
             return stored
         assert scales is not None
         assert self.center is not None
-        return torch.addcmul(self.center.to(stored.device), stored.to(torch.float32), scales[:, None])
+        out = torch.empty(stored.shape) if out is None else out
+        return torch.addcmul(self.center, out.copy_(stored), scales[:, None], out=out)

@@ -186,8 +186,11 @@ class Contents:
         """Return decoded values (n, V) at row numbers."""
         if not self.table.total:
             return torch.zeros(rows.numel(), self.spec.value_size, dtype=self.codec.decoded_dtype)
-        scales = self.table.gather(rows, "scales") if self.codec.quantised else None
-        return self.codec.decode(self.table.gather(rows, "values"), scales)
+        stored = self.table.gather(rows, "values")
+        if not self.codec.quantised:
+            return stored
+        out = self.table.rooms.empty(stored.shape, torch.float32)
+        return self.codec.decode(stored, self.table.gather(rows, "scales"), out)
 
     def keys_at(self, rows: Tensor) -> Tensor:
         """Return stored keys (n, D) as float32 at row numbers."""

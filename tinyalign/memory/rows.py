@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyalign.memory.lookup import IdLookup
+from tinyalign.memory.rooms import Rooms
 from tinyalign.memory.segment import Columns, FixedSegment, GrowingSegment, Segment
 
 
@@ -53,6 +54,7 @@ class RowTable:
         self._recent: dict[int, int] = {}  # id -> row, for the growing segment
         self._lookup: IdLookup | None = None  # of the live fixed rows
         self._joined: dict[str, np.ndarray] = {}
+        self.rooms = Rooms()  # for what is gathered
         self.version = 0  # counts every change
         self.changed = False  # rows were removed since the table was made
 
@@ -173,24 +175,25 @@ class RowTable:
 
     def gather(self, rows: Tensor, column: str) -> Tensor:
         """Return one column at row numbers (n,), all of them valid."""
-        if len(self._segments) == 1:
-            return self._take(self._segments[0], rows, column)
         template = getattr(self._template, column)
-        out = torch.empty((rows.shape[0], *template.shape[1:]), dtype=template.dtype)
+        out = self.rooms.empty((rows.shape[0], *template.shape[1:]), template.dtype)
+        if len(self._segments) == 1:
+            return self._take(self._segments[0], rows, column, out)
         start = 0
         for segment in self._segments:
             at = ((rows >= start) & (rows < start + len(segment))).nonzero().squeeze(1)
             if at.numel():
-                out[at] = self._take(segment, rows[at] - start, column)
+                part = self.rooms.empty((at.shape[0], *template.shape[1:]), template.dtype)
+                out[at] = self._take(segment, rows[at] - start, column, part)
             start += len(segment)
         return out
 
     @staticmethod
-    def _take(segment: Segment, rows: Tensor, column: str) -> Tensor:
+    def _take(segment: Segment, rows: Tensor, column: str, out: Tensor) -> Tensor:
         table: Tensor = getattr(segment.columns, column)
         if column == "values" and isinstance(segment, FixedSegment):
             segment.expect(rows)
-        return table.index_select(0, rows)
+        return torch.index_select(table, 0, rows, out=out)
 
     def columns_at(self, rows: Tensor) -> Columns:
         """Return every column at row numbers (n,)."""
