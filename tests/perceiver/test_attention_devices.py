@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tinyalign._attention import attend_packed, attention_report, backends, dispatch, pack
-from tinyalign._attention.backends import AttentionSpec, Reference, Sdpa, Xformers
+from tinyalign._attention import attend_packed, attention_report, dispatch, pack, packs, use_attention_backend
+from tinyalign._attention.backends import AttentionSpec, Reference, Sdpa, Xformers, laid_out
 from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes
 
 
@@ -26,7 +26,7 @@ class Here(TorchFunctionMode):
 @pytest.fixture
 def claims_cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_xformers_wants_widths_of_its_multiple(monkeypatch, dtype, multiple):
 
 def test_packed_rows_may_be_none_at_all(monkeypatch):
     """A kernel for ragged rows asks for the longest one, and of none there is none."""
-    monkeypatch.setattr(backends, "_varlen_takes", lambda q, v: True)
+    monkeypatch.setattr(Sdpa, "packs", lambda self, spec: True)
     packed = pack(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.bool))
     got = attend_packed(torch.zeros(1, 2, 5, 4), torch.zeros(0, 2, 4), torch.zeros(0, 2, 6), packed)
     assert got.shape == (0, 2, 5, 6)
@@ -141,7 +141,7 @@ def test_packed_rows_may_be_none_at_all(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_masked_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cuda, training, masked):
+def test_a_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cuda, training, masked):
     seen = []
     run = torch.nn.functional.scaled_dot_product_attention
 
@@ -157,7 +157,7 @@ def test_a_masked_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cud
         qkv = [tensor.clone().requires_grad_(training and one == at) for at, tensor in enumerate((q, k, v))]
         got = Sdpa().run(*qkv, keep, 0.3)
         torch.testing.assert_close(got, Reference().run(*qkv, keep, 0.3))
-    assert seen == [(8 if masked else None, before and not (masked and training))] * 3
+    assert seen == [(8 if masked else None, before and not training)] * 3
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     seen.clear()
     with torch.no_grad():
@@ -178,32 +178,108 @@ def test_a_masked_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cud
     ],
 )
 def test_torch_s_varlen_kernel_gets_what_it_takes(monkeypatch, claims_cuda, dtype, widths, takes):
-    q, v = (torch.zeros(1, 1, 1, width, dtype=dtype) for width in widths)
-    assert backends._varlen_takes(q, v) == takes
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4 has no flash kernel
-    assert not backends._varlen_takes(q, v)
+    spec = AttentionSpec("cuda", dtype, *widths, "packed")
+    assert Sdpa().packs(spec) == takes
+    assert not Sdpa().packs(spec._replace(device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))  # a T4 has no flash kernel
+    assert not Sdpa().packs(spec)
 
 
-def test_varlen_stays_on_cuda():
-    q = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
-    assert not backends._varlen_takes(q, q)
+class Packing(Reference):
+    """A kernel that takes packed rows, or says why not."""
+
+    def __init__(self, *reasons):
+        self.reasons = reasons
+
+    def reasons_against(self, spec):
+        return self.reasons
+
+    def packs(self, spec):
+        return True
 
 
-def test_ragged_captions_on_cuda_go_packed_and_others_do_not(monkeypatch, claims_cuda):
+@pytest.mark.parametrize(
+    ("backends", "asked", "expected"),
+    [
+        ({"one": Packing(), "other": Reference()}, "auto", True),
+        ({"one": Packing("no"), "other": Reference()}, "auto", False),
+        ({"one": Reference(), "other": Packing()}, "auto", False),
+        ({"one": Reference(), "other": Packing()}, "other", True),
+        ({"one": Reference(), "other": Packing("no")}, "other", False),
+    ],
+)
+def test_packing_pays_where_the_kernel_that_would_run_spares_the_padding(monkeypatch, backends, asked, expected):
+    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    with use_attention_backend(asked):
+        assert packs(AttentionSpec("cuda", torch.float32, 16, 16, "packed")) == expected
+
+
+def test_a_wrong_name_in_the_environment_is_left_to_the_call(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "flash")
+    assert not packs(AttentionSpec("cpu", torch.float32, 16, 16, "packed"))
+
+
+def test_a_trial_is_made_anew_when_torch_is_told_to_be_deterministic(monkeypatch):
+    """xformers picks its kernels by it, and one of them has no way back then."""
+    asked = []
+
+    def trial(spec):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        if asked[-1]:
+            raise NotImplementedError("operator is non-deterministic")
+
+    backend, spec = Xformers(), AttentionSpec("cuda", torch.float16, 16, 16, "packed")
+    monkeypatch.setattr(backend, "_trial_call", trial)
+    try:
+        for deterministic in (False, True, False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            assert bool(backend.reasons_against(spec)) == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_what_kernels_cannot_read_in_place_is_copied(dtype):
+    tensor = torch.randn(2, 3, 5, 16).to(dtype)
+    wider = torch.nn.functional.pad(tensor, (1, 2))[..., 1:17]
+    shared = tensor[:1].expand(2, -1, -1, -1)
+    heads_last = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    for fine in (tensor, heads_last, tensor[:1].expand(1, -1, -1, -1)):
+        assert laid_out(fine) is fine
+    for odd in (shared, tensor[..., ::2], *(() if dtype == torch.float64 else (wider,))):
+        assert torch.equal(laid_out(odd), odd)
+        assert laid_out(odd).is_contiguous()
+    assert dtype == torch.float64 or laid_out(narrow := wider[..., :7]) is narrow  # no copy would make this width fit
+
+
+def test_ragged_captions_go_packed_where_that_pays_and_others_do_not(monkeypatch):
     sizes = PerceiverSizes(token_dim=16, num_latents=4, latent_dim=8, num_self_attends=1, num_heads=2)
     compressor = PerceiverCompressor(12, vocab_size=40, sizes=sizes).eval()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kernel = Packing()
+    monkeypatch.setattr(dispatch, "BACKENDS", {"packing": kernel, "reference": Reference()})
     monkeypatch.setattr(dispatch, "_last_run", {})
     image, text = torch.randn(3, 6, 12), torch.randint(0, 40, (3, 5))
     mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
-    value = compressor(image, text, None, mask)
-    assert "packed" in {spec.mask for spec in attention_report().ran}
-    dispatch._last_run.clear()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # lengths cannot be learned here
-    torch.testing.assert_close(compressor(image, text, None, mask), value)
-    assert "packed" not in {spec.mask for spec in attention_report().ran}
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    dispatch._last_run.clear()
-    torch.testing.assert_close(compressor(image[:1], text[:1]), value[:1])
-    assert "packed" not in {spec.mask for spec in attention_report().ran}
+
+    def kinds(*inputs):
+        dispatch._last_run.clear()
+        value = compressor(*inputs)
+        return value, {spec.mask for spec in attention_report().ran}
+
+    value, ran = kinds(image, text, None, mask)
+    assert ran == {"none", "packed"}
+    monkeypatch.setattr("tinyalign.perceiver.compressor.may_look", lambda *_, **__: False)  # a graph is being captured
+    captured, ran = kinds(image, text, None, mask)
+    torch.testing.assert_close(captured, value)
+    assert ran == {"none", "dense"}
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch, "_last_run", {})
+    padded, ran = kinds(image, text, None, mask)  # the CPU's own kernel would put the padding back
+    torch.testing.assert_close(padded, value)
+    assert ran == {"none", "dense"}
+    monkeypatch.setattr(dispatch, "BACKENDS", {"packing": kernel, "reference": Reference()})
+    whole, ran = kinds(image[:1], text[:1])
+    torch.testing.assert_close(whole, value[:1])
+    assert ran == {"none"}
     assert compressor(image[:0], text[:0], None, mask[:0]).shape == (0, 4, 8)

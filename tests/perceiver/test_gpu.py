@@ -1,13 +1,17 @@
-"""Every kernel on a CUDA device against the formula in float64 on the CPU. Run with `pytest -m gpu`."""
+"""Every kernel on a CUDA device against the formula in float64 on the CPU. Run with `pytest -m gpu`.
+
+Without a GPU `test_gpu_rehearsal.py` runs these tests on a stand-in.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
 
-from tinyalign._attention.backends import AttentionSpec, Xformers
-from tinyalign._attention.dispatch import attend_packed
-from tinyalign._attention.packing import pack
+from tinyalign._attention import AttentionSpec, attend_packed, dispatch, pack
+from tinyalign._attention.backends import Xformers
 from tinyalign.connectors import RAGConnector
 from tinyalign.perceiver import (
     LossWeights,
@@ -47,11 +51,11 @@ def need(backend, dtype, mask, width):
             pytest.skip("; ".join(reasons)[:300])
 
 
-def tensors(dtype, width, keys=45, batch=3, heads=8, queries=32):
+def tensors(dtype, width, keys=45, batch=3, heads=8, queries=32, value_width=None):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(batch, heads, length, width, generator=generator, dtype=torch.float64).to(dtype)
-        for length in (queries, keys, keys)
+        torch.randn(batch, heads, length, size, generator=generator, dtype=torch.float64).to(dtype)
+        for length, size in ((queries, width), (keys, width), (keys, value_width or width))
     )
     return q, k, v
 
@@ -68,19 +72,11 @@ def assert_near(got, expected, dtype, factor=1.0):
     assert error <= factor * TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask", ["none", "ragged", "with an empty row"])
-@pytest.mark.parametrize("width", [16, 64])
-def test_forward_and_backward_equal_float64(dtype, backend, mask, width):
-    need(backend, dtype, "none" if mask == "none" else "dense", width)
-    q, k, v = tensors(dtype, width)
-    keep = masks(mask)
-    upstream = torch.randn(3, 8, 32, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+def check_both_ways(there, wide, keep, dtype, backend):
+    """Values and gradients of `attend` on the device against float64."""
     expected = attend(*wide, keep=keep, backend="reference")
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected.backward(upstream)
-    there = [tensor.cuda().requires_grad_() for tensor in (q, k, v)]
     got = attend(*there, keep=None if keep is None else keep.cuda(), backend=backend)
     got.backward(upstream.to(dtype).cuda())
     assert got.dtype == dtype
@@ -88,6 +84,50 @@ def test_forward_and_backward_equal_float64(dtype, backend, mask, width):
     for ours, theirs in zip(there, wide, strict=True):
         assert ours.grad.isfinite().all()
         assert_near(ours.grad, theirs.grad, dtype, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", ["none", "ragged", "with an empty row"])
+@pytest.mark.parametrize("width", [16, 64])
+def test_forward_and_backward_equal_float64(dtype, backend, mask, width):
+    need(backend, dtype, "none" if mask == "none" else "dense", width)
+    q, k, v = tensors(dtype, width)
+    wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    there = [tensor.cuda().requires_grad_() for tensor in (q, k, v)]
+    check_both_ways(there, wide, masks(mask), dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", ["none", "ragged"])
+def test_values_of_another_width_and_one_set_of_queries(dtype, backend, mask):
+    """The latents of a Perceiver are one set of queries for the whole batch."""
+    if backend == "xformers" and (reasons := Xformers().reasons_against(spec_of(dtype, mask, 16, 24))):
+        pytest.skip("; ".join(reasons)[:300])
+    q, k, v = tensors(dtype, 16, value_width=24)
+    wide = [tensor.double().requires_grad_() for tensor in (q[:1], k, v)]
+    there = [tensor.cuda().requires_grad_() for tensor in (q[:1], k, v)]
+    check_both_ways(there, wide, masks(mask), dtype, backend)
+
+
+def spec_of(dtype, mask, width, value_width):
+    return AttentionSpec("cuda", dtype, width, value_width, "none" if mask == "none" else "dense")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slices_of_something_wider_are_taken(dtype, backend):
+    """Heads that begin at odd places, which no kernel reads."""
+    need(backend, dtype, "dense", 16)
+    q, k, v = (torch.nn.functional.pad(tensor, (1, 2)) for tensor in tensors(dtype, 16))
+    wide = [tensor[..., 1:17].double().requires_grad_() for tensor in (q, k, v)]
+    expected = attend(*wide, keep=masks("ragged"), backend="reference")
+    there = [tensor.cuda()[..., 1:17] for tensor in (q, k, v)]
+    assert_near(attend(*there, keep=masks("ragged").cuda(), backend=backend), expected.detach(), dtype)
+    shared = [there[0], *(tensor[:1].expand(3, -1, -1, -1) for tensor in there[1:])]
+    expected = attend(wide[0], *(tensor[:1].expand(3, -1, -1, -1) for tensor in wide[1:]), backend="reference")
+    assert_near(attend(*shared, backend=backend), expected.detach(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,16 +170,49 @@ def test_the_encoder_at_table_3_sizes_equals_the_cpu(dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_compressor_packs_ragged_captions_and_agrees_with_the_cpu(dtype):
+@pytest.mark.parametrize("backend", ["xformers", "sdpa", "reference"])
+def test_the_compressor_packs_where_that_spares_work_and_agrees_with_the_cpu(monkeypatch, dtype, backend):
+    need(backend, dtype, "packed", 16 if dtype != torch.float32 else 12)
     sizes = PerceiverSizes(num_self_attends=2)
     compressor = PerceiverCompressor(48, vocab_size=100, sizes=sizes).to(dtype)
     image, text = torch.randn(4, 30, 48).to(dtype), torch.randint(0, 100, (4, 17))
     text_mask = torch.arange(17)[None] < torch.tensor([17, 4, 0, 9])[:, None]
-    expected = compressor.double()(image.double(), text, None, text_mask).detach()
+    expected = compressor.double()(image.double(), text, None, text_mask)
+    expected.square().sum().backward()
+    grads = {name: weight.grad for name, weight in compressor.named_parameters()}
+    compressor.zero_grad(set_to_none=True)
     there = compressor.to(dtype).cuda()
-    got = there(image.cuda(), text.cuda(), None, text_mask.cuda())
-    assert_near(got.detach(), expected, dtype, factor=10.0)
-    assert any(spec.mask == "packed" for spec in attention_report("cuda", dtype, head_dim=16).ran)
+    monkeypatch.setattr(dispatch, "_last_run", {})
+    with use_attention_backend(backend):
+        got = there(image.cuda(), text.cuda(), None, text_mask.cuda())
+        got.float().square().sum().backward()
+    assert_near(got.detach(), expected.detach(), dtype, factor=10.0)
+    for name, weight in there.named_parameters():
+        assert_near(weight.grad, grads[name], dtype, factor=20.0)
+    packs = backend == "xformers" or (backend == "sdpa" and dtype != torch.float32)
+    assert {spec.mask for spec in attention_report("cpu").ran} == {"none", "packed" if packs else "dense"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_deterministic_step_takes_a_kernel_that_can(dtype):
+    """What was tried before torch was told to be deterministic says nothing about what may run after."""
+    q, k, v = tensors(dtype, 16)
+    keep = masks("ragged").cuda()
+    packed = pack(torch.zeros(3, 45, 1, device="cuda"), keep)
+    flat = [tensor.cuda().transpose(1, 2)[packed.keep] for tensor in (k, v)]
+    results = []
+    for deterministic in (False, True, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            leaves = [tensor.clone().requires_grad_() for tensor in (q.cuda(), *flat)]
+            out = attend_packed(*leaves, packed)
+            out.float().square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for first, second, third in zip(*results, strict=True):
+        assert_near(second, first.double().cpu(), dtype, factor=4.0)
+        assert torch.equal(second, third)
 
 
 def test_autocast_pads_for_the_dtype_that_runs():
@@ -175,14 +248,20 @@ def test_the_seed_gives_the_same_weights_on_the_device():
     assert here.fingerprint() == there.fingerprint()
 
 
-def test_compiles_whole_on_the_device():
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch cannot compile for CUDA")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_whole_on_the_device(training, masked):
     torch.compiler.reset()
-    encoder = PerceiverEncoder(128, num_self_attends=1).cuda().eval()
+    encoder = PerceiverEncoder(128, num_self_attends=1).cuda().requires_grad_(training)
     inputs = torch.randn(2, 40, 128, device="cuda")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            torch.compile(encoder, fullgraph=True)(inputs), encoder(inputs), atol=1e-4, rtol=1e-4
-        )
+    mask = torch.arange(40, device="cuda") < torch.tensor([[40], [7]], device="cuda") if masked else None
+    compiled, plain = torch.compile(encoder, fullgraph=True)(inputs, mask), encoder(inputs, mask)
+    torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+    if training:
+        weights = list(encoder.parameters())
+        ours, theirs = (torch.autograd.grad(out.square().sum(), weights) for out in (compiled, plain))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,20 +281,35 @@ def test_pooled_retrieval_tokens_equal_the_cpu(dtype, backend, width):
     assert all(weight.grad.isfinite().all() for weight in there.parameters())
 
 
-def test_a_training_step_waits_for_the_device_once_at_most():
-    """The first step learns the scale of the features; with one cross-attention the later ones never look."""
-    compressor = PerceiverCompressor(48, vocab_size=100, fusion="joint", sizes=PerceiverSizes(num_self_attends=1))
+def waits(run):
+    """How often the host waited for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(("fusion", "backend", "expected"), [("joint", "auto", 0), ("balanced", "sdpa", 0)])
+def test_a_training_step_waits_only_to_pack(fusion, backend, expected):
+    """The first step learns the scale of the features; the later ones look only where captions are packed."""
+    compressor = PerceiverCompressor(48, vocab_size=100, fusion=fusion, sizes=PerceiverSizes(num_self_attends=1))
     pretrainer = PerceiverPretrainer(
         compressor, num_patches=8, caption_dropout=0.3, mixed_captions=0.5, loss_weights=LossWeights(contrastive=1.0)
     ).cuda()
     image, text = torch.randn(4, 30, 48, device="cuda"), torch.randint(0, 100, (4, 17), device="cuda")
     text_mask = torch.ones(4, 17, dtype=torch.bool, device="cuda")
-    pretrainer(image, text, None, text_mask).loss.backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with use_attention_backend(backend):
         pretrainer(image, text, None, text_mask).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        assert waits(lambda: pretrainer(image, text, None, text_mask).loss.backward()) == expected
+
+
+def test_packing_waits_once():
+    tokens, keep = torch.randn(3, 45, 8, device="cuda"), masks("with an empty row").cuda()
+    assert waits(lambda: pack(tokens, keep)) == 1
 
 
 def test_an_id_outside_the_table_is_named_while_not_training():
@@ -224,14 +318,10 @@ def test_an_id_outside_the_table_is_named_while_not_training():
         compressor(torch.randn(1, 3, 48, device="cuda"), torch.tensor([[5, 100]], device="cuda"))
 
 
-def test_nothing_waits_for_the_device_without_a_mask():
+def test_encoding_never_waits():
     """A synchronisation inside the forward pass would stall a training step."""
     encoder = PerceiverEncoder(128, num_self_attends=1).cuda().half()
     inputs = torch.randn(2, 40, 128, device="cuda", dtype=torch.float16)
     mask = torch.ones(2, 40, dtype=torch.bool, device="cuda")
     encoder(inputs, mask)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        encoder(inputs, mask)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert waits(lambda: encoder(inputs, mask)) == 0

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyalign._attention import backends
 from tinyalign._attention.backends import Sdpa, Xformers
 from tinyalign._attention.dispatch import attend_packed
 from tinyalign._attention.packing import pack, unpack
@@ -87,7 +86,7 @@ def test_torch_s_varlen_kernel_is_told_the_rows_and_the_scale(monkeypatch):
         return torch.cat(out)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(backends, "_varlen_takes", lambda q, v: True)
+    monkeypatch.setattr(Sdpa, "packs", lambda self, spec: True)
     keep, packed, q, (k, v), packed_kv = case(ROWS, 0)
     got = attend_packed(q, *packed_kv, packed, scale=0.3, backend="sdpa")
     torch.testing.assert_close(got, attend(q, k, v, keep=keep, scale=0.3, backend="reference"))

@@ -5,13 +5,14 @@ It lies below the packages that use it, since these never import each other. `ti
 
 from __future__ import annotations
 
-from tinyalign._attention.backends import compute_dtype, without_autocast
+from tinyalign._attention.backends import AttentionSpec, compute_dtype, without_autocast
 from tinyalign._attention.dispatch import (
     AttentionBackendError,
     AttentionReport,
     attend,
     attend_packed,
     attention_report,
+    packs,
     use_attention_backend,
 )
 from tinyalign._attention.packing import PackedTokens, pack, unpack
@@ -19,12 +20,14 @@ from tinyalign._attention.packing import PackedTokens, pack, unpack
 __all__ = [
     "AttentionBackendError",
     "AttentionReport",
+    "AttentionSpec",
     "PackedTokens",
     "attend",
     "attend_packed",
     "attention_report",
     "compute_dtype",
     "pack",
+    "packs",
     "unpack",
     "use_attention_backend",
     "without_autocast",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyalign._attention.packing import PackedTokens, unpack
 
 _WIDTH_MULTIPLE = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
-# cuDNN's backward gives NaN query gradients on H100/H200 for some masked lengths (pytorch issue 196678).
+# cuDNN's backward gives NaN on H100/H200 where all scores of a query are very low: for queries at some masked lengths
+# (pytorch issue 196678), for keys and values under a single query (NVIDIA/cudnn-frontend issue 1072).
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -42,6 +45,10 @@ class Backend(Protocol):
         """Every reason why this kernel cannot run such a call."""
         ...
 
+    def packs(self, spec: AttentionSpec) -> bool:
+        """Whether ragged rows run without their padding; if not, `run_packed` puts it back first."""
+        ...
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """Attention over (B, H, tokens, width); `keep` has four axes and no row without a key."""
         ...
@@ -60,6 +67,11 @@ class Reference:
         """Never any: it runs everywhere."""
         del spec
         return ()
+
+    def packs(self, spec: AttentionSpec) -> bool:
+        """Never."""
+        del spec
+        return False
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """In float32 at least, whatever the dtype of the inputs: the result is rounded once."""
@@ -85,19 +97,26 @@ class Sdpa:
         del spec
         return ()
 
+    def packs(self, spec: AttentionSpec) -> bool:
+        """Through torch's flash kernels: 16 bit, equal widths, a multiple of 8 up to 256, and an Ampere or newer."""
+        width, half = spec.head_dim, spec.dtype in (torch.float16, torch.bfloat16)
+        fits = width == spec.value_dim and width % 8 == 0 and width <= 256
+        return spec.device == "cuda" and half and fits and torch.cuda.get_device_capability() >= (8, 0)
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """The mask goes in as bool; on CUDA it lies in rows of a multiple of eight, which the kernels ask for."""
-        if keep is None or not q.is_cuda:
+        if not q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
-        keep = aligned_rows(keep)
+        q, k, v = laid_out(q), laid_out(k), laid_out(v)
+        keep = None if keep is None else aligned_rows(keep)
         if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
         with sdpa_kernel(_WITHOUT_CUDNN):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
 
     def run_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, scale: float) -> Tensor:
-        """Torch's variable-length flash kernel where it exists (16 bit on CUDA), else through the padded form."""
-        if not _varlen_takes(q, v):
+        """Torch's variable-length flash kernel where it takes the call, else through the padded form."""
+        if not self.packs(AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[2], "packed")):
             return self.run(q, unpack(k, packed.keep), unpack(v, packed.keep), packed.keep[:, None, None, :], scale)
         batch, heads, count, width = q.shape
         starts = torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=q.device)
@@ -120,7 +139,7 @@ class Xformers:
     name = "xformers"
 
     def __init__(self) -> None:
-        self._probed: dict[AttentionSpec, str] = {}
+        self._probed: dict[tuple[AttentionSpec, bool], str] = {}
 
     def reasons_against(self, spec: AttentionSpec) -> tuple[str, ...]:
         """Static reasons first; xformers is imported only when none holds, so never for CPU tensors."""
@@ -138,11 +157,18 @@ class Xformers:
             reasons.append("torch.compile does not trace it")
         if reasons:
             return tuple(reasons)
-        if spec not in self._probed:
+        # Its flash kernel's way back refuses while torch is told to be deterministic.
+        kind = spec, torch.are_deterministic_algorithms_enabled()
+        if kind not in self._probed:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a trial's wait would end it
                 return ("no trial call was made before this CUDA graph's capture",)
-            self._probed[spec] = self._probe(spec)
-        return (self._probed[spec],) if self._probed[spec] else ()
+            self._probed[kind] = self._probe(spec)
+        return (self._probed[kind],) if self._probed[kind] else ()
+
+    def packs(self, spec: AttentionSpec) -> bool:
+        """Always."""
+        del spec
+        return True
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         """Tokens before heads, and the mask as an additive bias of the full shape, as the library wants them."""
@@ -152,7 +178,7 @@ class Xformers:
             additive = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, float("-inf"))
             bias = aligned_rows(additive).expand(shape)
         out: Tensor = _xformers_ops().memory_efficient_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias, scale=scale
+            *(laid_out(tensor).transpose(1, 2) for tensor in (q, k, v)), attn_bias=bias, scale=scale
         )
         return out.transpose(1, 2)
 
@@ -196,10 +222,10 @@ class Xformers:
 
 def _xformers_ops() -> Any:
     """`xformers.ops`; its first import may warn about kernels that it cannot load, which the trial call finds out."""
+    if "xformers.ops" in sys.modules:
+        return sys.modules["xformers.ops"]
     with _quiet("xformers"):
-        import xformers.ops
-
-    return xformers.ops
+        return importlib.import_module("xformers.ops")
 
 
 @contextmanager
@@ -216,14 +242,6 @@ def _quiet(logger_name: str) -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(drop)
-
-
-def _varlen_takes(q: Tensor, v: Tensor) -> bool:
-    """What torch's flash kernels ask for: 16 bit, equal widths, a multiple of 8 up to 256, and an Ampere or newer."""
-    width = q.shape[3]
-    fits = width == v.shape[-1] and width % 8 == 0 and width <= 256
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -249,3 +267,17 @@ def aligned_rows(tensor: Tensor) -> Tensor:
     if length % 8 == 0:
         return tensor.contiguous()
     return F.pad(tensor, (0, -length % 8))[..., :length]
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor as CUDA kernels read it: copied where it cannot be read in place.
+
+    That is a slice of something wider whose rows do not begin at a multiple of what is read at once, and rows that the
+    whole batch shares: cuDNN refused these until pytorch pull request 175764, and torch's memory-efficient kernel has
+    read shared keys wrongly (pytorch issue 191937).
+    """
+    multiple = _WIDTH_MULTIPLE.get(tensor.dtype, 1)
+    begins = (tensor.storage_offset(), *tensor.stride()[:-1])
+    shared = tensor.shape[0] > 1 and tensor.stride(0) == 0
+    fits = tensor.stride(-1) == 1 and (tensor.shape[-1] % multiple or not any(begin % multiple for begin in begins))
+    return tensor if fits and not shared else tensor.contiguous()

@@ -219,6 +219,16 @@ def attend_packed(
     return out.masked_fill(packed.empty[:, None, None, None], 0.0)
 
 
+def packs(spec: AttentionSpec) -> bool:
+    """Whether a call over packed rows would run without their padding; where it would not, packing is work for nothing.
+
+    Never raises: a backend asked for by name that cannot run packed rows may still run padded ones.
+    """
+    name, _ = _requested()
+    asked = BACKENDS.values() if name == "auto" else [BACKENDS[name]] if name in BACKENDS else []
+    return next((backend.packs(spec) for backend in asked if not backend.reasons_against(spec)), False)
+
+
 def attention_report(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

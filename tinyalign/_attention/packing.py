@@ -39,9 +39,11 @@ def pack(tokens: Tensor, keep: Tensor) -> PackedTokens:
     empty = ~keep.any(dim=1)
     first = torch.arange(keep.shape[1], device=keep.device) == 0
     keep = keep | (empty[:, None] & first)
-    lengths = keep.sum(dim=1)
-    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    return PackedTokens(tokens[keep], keep, starts, lengths.tolist(), empty)
+    counts = keep.sum(dim=1)
+    starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    lengths: list[int] = counts.tolist()
+    kept_first = (~keep).flatten().byte().argsort(stable=True)  # a boolean index would wait once more
+    return PackedTokens(tokens.flatten(0, 1)[kept_first[: sum(lengths)]], keep, starts, lengths, empty)
 
 
 def unpack(tokens: Tensor, keep: Tensor) -> Tensor:

@@ -214,8 +214,8 @@ class PerceiverCompressor(nn.Module):
             return self.encoder(tokens, _concatenate(image, image_mask, words, text_mask))  # type: ignore[no-any-return]
         seen = self.encoder.read(image, image_mask)
         # Packing waits for the device to learn the lengths, which a graph being traced or captured cannot.
-        ragged = text_mask is not None and words.is_cuda and may_look(words, training=False)
-        heard = self.hear(words, text_mask, packed=ragged)
+        looks = text_mask is not None and may_look(words, training=False)
+        heard = self.hear(words, text_mask, packed=looks and self.text_attention.packs(words))
         share = _share_of_text(image, image_mask, words, text_mask).to(seen.dtype)
         return self.encoder.refine(torch.lerp(seen, heard, share))
 

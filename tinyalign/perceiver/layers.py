@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyalign._attention import PackedTokens, attend, attend_packed, compute_dtype
+from tinyalign._attention import AttentionSpec, PackedTokens, attend, attend_packed, compute_dtype, packs
 
 
 class PerceiverLayer(nn.Module):
@@ -91,6 +91,11 @@ class PerceiverLayer(nn.Module):
             return self.absorb(latents, attend_packed(q, k, v, inputs, scale=scale))
         k, v = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
         return self.absorb(latents, attend(q, k, v, keep=keep, scale=scale))
+
+    def packs(self, inputs: Tensor) -> bool:
+        """Whether ragged rows of such inputs are worth packing: whether a kernel would run them without padding."""
+        widths = self._run_width(self.qk_dim, inputs), self._run_width(self.v_dim, inputs)
+        return packs(AttentionSpec(inputs.device.type, compute_dtype(inputs), *widths, "packed"))
 
     def absorb(self, latents: Tensor, mixed: Tensor) -> Tensor:
         """What follows the attention: output projection, residual, MLP, residual. mixed: (B, H, L, head width)."""
