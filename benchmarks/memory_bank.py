@@ -1,22 +1,23 @@
 """Measure the memory bank against faiss, torch, a naive loop and the machine's limits, all in one run.
 
 Prints CPU milliseconds of one thread and ratios to the reference of each table; absolute numbers drift with the
-machine, ratios much less. ``--entries 5000`` is a quick look, ``--only gather`` one part of it; ``--no-hnsw`` leaves
-out the graph, which takes its time to build. Milvus is measured where pymilvus and milvus-lite are installed, a GPU
-where there is one.
+machine, ratios much less. ``--entries 5000`` is a quick look, ``--entries 558000`` the paper's full set (9 GB of
+memory, 10 GB of disk); ``--only gather`` is one part of it. With ``--folder`` the bank is kept for the next run.
+``--index HNSW32:efSearch=200`` measures one faiss index and no other. A GPU is measured where there is one; other
+engines by ``bank_engines.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyalign.memory import MemoryBank
+from tinyalign.memory import MemoryBank, leakage_report
 from tinyalign.memory.certified import int8_pays
 
 WIDTH, SHAPE, K = 1152, (32, 96), 5
 BATCHES = (1, 16, 256)
+ROWS = 1 << 15  # worked on at once
+INDEXES = ("IVF1024,Flat:nprobe=64", "IVF256,RaBitQ:nprobe=64", "IVF1024,PQ64:nprobe=64", "HNSW32:efSearch=200")
 TIE = 1e-5  # what rounding a unit key to fp16 moves a score by
 
 
@@ -46,9 +49,23 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     return best * 1e3
 
 
-def each(run: Callable[[Tensor], Any], inputs: list[Tensor]) -> None:
+def cost(run: Callable[[Tensor], Any], inputs: list[Tensor], *, hold: bool) -> tuple[float, ...]:
+    """CPU ms, those of the user and of the system, and page faults; mean over ``inputs`` after as many to warm up.
+
+    With ``hold``, each result lives until the next one is there.
+    """
+    result = None
     for one in inputs:
-        run(one)
+        result = run(one)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for one in inputs:
+        if not hold:
+            result = None
+        result = run(one)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    del result
+    user, system = 1e3 * (after.ru_utime - before.ru_utime), 1e3 * (after.ru_stime - before.ru_stime)
+    return tuple(x / len(inputs) for x in (user + system, user, system, after.ru_minflt - before.ru_minflt))
 
 
 def line(name: str, *cells: object) -> None:
@@ -60,48 +77,26 @@ def clustered(count: int, seed: int) -> Tensor:
     centers = torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     which = torch.randint(1000, (count,), generator=generator)
-    return F.normalize(centers[which] + 0.7 * torch.randn(count, WIDTH, generator=generator), dim=-1)
+    keys = torch.randn(count, WIDTH, generator=generator)
+    for part, near in zip(keys.split(ROWS), which.split(ROWS), strict=True):
+        part.copy_(F.normalize(centers[near] + 0.7 * part, dim=-1))
+    return keys
 
 
-def search(keys: Tensor, bank: MemoryBank, hnsw: bool) -> None:
+def full_sort(queries: Tensor, keys: Tensor) -> torch.return_types.topk:
+    """The best by products in float64, some keys at a time."""
+    parts = [(queries.double() @ part.double().T).topk(min(K, len(part))) for part in keys.split(ROWS)]
+    best = torch.cat([part.values for part in parts], 1).topk(K)
+    rows = torch.cat([part.indices + ROWS * number for number, part in enumerate(parts)], 1)
+    return torch.return_types.topk((best.values, rows.gather(1, best.indices)))
+
+
+def search(keys: Tensor, bank: MemoryBank, indexes: Sequence[str]) -> None:
+    """Exact search unless ``indexes`` are given."""
     print(f"\nSearch, {len(keys)} keys of width {WIDTH}, k = {K}: CPU ms, ratio to torch in parentheses, recall@{K}")
     line("", *(f"batch {batch}" for batch in BATCHES), "recall", f"within {TIE:g}")
-    flat = faiss.IndexFlatIP(WIDTH)
-    flat.add(keys.numpy())
-    threshold = faiss.cvar.distance_compute_blas_threshold
-
-    def faiss_flat(queries: Tensor, least: int) -> Any:
-        faiss.cvar.distance_compute_blas_threshold = least
-        try:
-            return flat.search(queries.numpy(), K)
-        finally:
-            faiss.cvar.distance_compute_blas_threshold = threshold
-
-    methods: dict[str, Callable[[Tensor], Any]] = {
-        "torch product and top-k, fp32": lambda q: (q @ keys.T).topk(K).indices,
-        "faiss flat, as it comes": lambda q: faiss_flat(q, threshold)[1],
-        "faiss flat, BLAS at every size": lambda q: faiss_flat(q, 1)[1],
-        "numpy product and argpartition": lambda q: np.argpartition(q.numpy() @ keys.numpy().T, -K, axis=1)[:, -K:],
-        "MemoryBank exact, fp16 keys": lambda q: bank.neighbours(q, K).ids,
-        "MemoryBank exact, 16 ids excluded": lambda q: bank.neighbours(q, K, exclude_ids=hidden[: len(q)]).ids,
-        "MemoryBank exact, 16 ids and groups": lambda q: (
-            bank.neighbours(q, K, exclude_ids=hidden[: len(q)], exclude_groups=hidden[: len(q)]).ids
-        ),
-        "MemoryBank certified": lambda q: bank.neighbours(q, K, method="certified").ids,
-        "torch, keys as int16 times a scale of their own": lambda q: (q @ rounded.T).topk(K).indices,
-        "limit: the product alone": lambda q: q @ keys.T,
-        "limit: read every fp32 byte": lambda _: keys.view(-1).sum(),
-        "limit: read every fp16 byte": lambda _: (
-            bank._contents.table.segments[0].columns.keys.view(torch.float32).sum()
-        ),
-    }
-    scales = keys.abs().amax(1, keepdim=True) / 32767
-    rounded = (keys / scales).round_().mul_(scales)
-    hidden = torch.randint(len(keys), (max(BATCHES), 16), generator=torch.Generator().manual_seed(3)) + 10 * len(keys)
-    factories = [("IVF1024,Flat", {"nprobe": 64}), ("IVF256,RaBitQ", {"nprobe": 64})]
-    factories += [("HNSW32", {"efSearch": 200})] if hnsw else []
     queries = {batch: clustered(batch, seed=batch) for batch in BATCHES}
-    exact = {batch: (q.double() @ keys.double().T).topk(K) for batch, q in queries.items()}
+    exact = {batch: full_sort(q, keys) for batch, q in queries.items()}
     repeats = {1: 15, 16: 7, 256: 2}
 
     def row(name: str, run: Callable[[Tensor], Any], reference: dict[int, float]) -> dict[int, float]:
@@ -117,21 +112,56 @@ def search(keys: Tensor, bank: MemoryBank, hnsw: bool) -> None:
         line(name, *(f"{spent[b]:.1f} ({spent[b] / base[b]:.2f})" for b in BATCHES), *recall)
         return spent
 
-    reference: dict[int, float] = {}
+    reference = row("torch product and top-k, fp32", lambda q: (q @ keys.T).topk(K).indices, {})
+    for index in indexes:
+        factory, _, parameter = index.partition(":")
+        name, _, value = parameter.partition("=")
+        begin = time.process_time()
+        bank.build_index(factory, candidates=100, parameters={name: float(value)})
+        seconds = time.process_time() - begin
+        row(f"{index}, {seconds:.0f} s", lambda q: bank.neighbours(q, K, method="approximate").ids, reference)
+    if indexes:
+        return
+    flat = faiss.IndexFlatIP(WIDTH)
+    flat.add(keys.numpy())
+    threshold = faiss.cvar.distance_compute_blas_threshold
+
+    def faiss_flat(queries: Tensor, least: int) -> Any:
+        faiss.cvar.distance_compute_blas_threshold = least
+        try:
+            return flat.search(queries.numpy(), K)
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = threshold
+
+    hidden = torch.randint(len(keys), (max(BATCHES), 16), generator=torch.Generator().manual_seed(3)) + 10 * len(keys)
+    methods: dict[str, Callable[[Tensor], Any]] = {
+        "faiss flat, as it comes": lambda q: faiss_flat(q, threshold)[1],
+        "faiss flat, BLAS at every size": lambda q: faiss_flat(q, 1)[1],
+        "numpy product and argpartition": lambda q: np.argpartition(q.numpy() @ keys.numpy().T, -K, axis=1)[:, -K:],
+        "MemoryBank exact, fp16 keys": lambda q: bank.neighbours(q, K).ids,
+        "MemoryBank exact, 16 ids excluded": lambda q: bank.neighbours(q, K, exclude_ids=hidden[: len(q)]).ids,
+        "MemoryBank exact, 16 ids and groups": lambda q: (
+            bank.neighbours(q, K, exclude_ids=hidden[: len(q)], exclude_groups=hidden[: len(q)]).ids
+        ),
+        "MemoryBank certified": lambda q: bank.neighbours(q, K, method="certified").ids,
+        "limit: the product alone": lambda q: q @ keys.T,
+        "limit: read every fp32 byte": lambda _: keys.view(-1).sum(),
+        "limit: read every fp16 byte": lambda _: (
+            bank._contents.table.segments[0].columns.keys.view(torch.float32).sum()
+        ),
+    }
     for name, run in methods.items():
-        spent = row(name, run, reference)
-        reference = reference or spent
-    for factory, parameters in factories:
-        begin = time.perf_counter()
-        bank.build_index(factory, candidates=100, parameters=parameters)
-        seconds = time.perf_counter() - begin
-        row(
-            f"{factory} {parameters}, {seconds:.0f} s",
-            lambda q: bank.neighbours(q, K, method="approximate").ids,
-            reference,
-        )
+        row(name, run, reference)
     print(f"  certified is searched in int8 here: {int8_pays()} (otherwise exactly, by floats)")
-    print(f"  keys at rest: {bank.keys().numel() * 2 / 1e6:.0f} MB; faiss flat: {bank.keys().numel() * 4 / 1e6:.0f} MB")
+    print(f"  keys at rest: {keys.numel() * 2 / 1e6:.0f} MB; faiss flat: {keys.numel() * 4 / 1e6:.0f} MB")
+
+
+def leakage(bank: MemoryBank, count: int = 2000) -> None:
+    print(f"\nLeakage report of {count} queries against {len(bank)} entries, beside one search of them")
+    queries, ids = bank.keys(bank.ids[:count]), bank.ids[:count]
+    once = milliseconds(lambda: bank.neighbours(queries, K), 1)
+    spent = milliseconds(lambda: leakage_report(bank, queries, ids, ids // 5), 1)
+    line("CPU s, in searches", f"{spent / 1e3:.1f}", f"{spent / once:.2f}")
 
 
 def random_values(count: int) -> Iterator[Tensor]:
@@ -155,6 +185,15 @@ def drop_cache(folder: Path) -> None:
 
 def in_one_piece(table: Tensor, room: Tensor, at: Tensor) -> Tensor:
     return room.copy_(table[int(at) : int(at) + len(room)])
+
+
+def rows_of(table: Tensor, room: Tensor, rows: Tensor) -> Tensor:
+    return torch.index_select(table, 0, rows.reshape(-1), out=room)
+
+
+def bags_of(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows by way of an embedding's sums, of one row each: its kernel prefetches."""
+    return F.embedding_bag(rows.reshape(-1, 1), table, mode="sum")
 
 
 def gather(folder: Path, count: int) -> None:
@@ -183,27 +222,31 @@ def gather(folder: Path, count: int) -> None:
         """As the paper's release does: values one by one by faiss's row numbers, joined per query, then per batch."""
         return torch.cat([torch.cat([loaded[row] for row in rows], dim=1) for rows in ids.numpy()]).half()
 
-    for batch in (16, 256):
-        draws = [torch.randint(count, (batch, K), generator=generator) for _ in range(20)]
+    for batch, hold in ((16, True), (256, False), (256, True)):
+        draws = [torch.randint(count, (batch, K), generator=generator) for _ in range(40)]
         room = torch.empty(batch * K, raw.shape[1], dtype=raw.dtype)
-        starts = [torch.randint(max(count - batch * K, 1), (), generator=generator) for _ in range(20)]
+        starts = [torch.randint(max(count - batch * K, 1), (), generator=generator) for _ in draws]
         runs: list[tuple[str, Callable[[Tensor], Any], list[Tensor]]] = [
             ("the release's loop over fp32, to fp16", naive, draws),
             ("MemoryBank, mapped", bank.gather, draws),
-            ("limit: index_select of the rows", lambda ids: raw.index_select(0, ids.reshape(-1)), draws),
+            ("torch: index_select of the rows", lambda ids: raw.index_select(0, ids.reshape(-1)), draws),
+            ("limit: into memory that is there", partial(rows_of, raw, room), draws),
+            ("limit: rows fetched ahead (fbgemm)", partial(bags_of, raw), draws),
             ("limit: as many rows in one piece", partial(in_one_piece, raw, room), starts),
         ]
+        print(f"  warm, batch {batch}, the last result " + ("held as in a training loop" if hold else "dropped first"))
+        line("", "CPU ms", "user", "system", "faults", "times less")
         loop = math.nan
         for name, run, inputs in runs:
-            spent = milliseconds(partial(each, run, inputs), 3) / len(inputs)
+            spent, *split, faults = min(cost(run, inputs, hold=hold) for _ in range(3))
             loop = spent if math.isnan(loop) else loop
-            line(f"warm, batch {batch}: {name}", f"{spent:.3f} ms", f"{loop / spent:.1f}x less")
+            line(name, *(f"{x:.3f}" for x in (spent, *split)), f"{faults:.0f}", f"{loop / spent:.1f}")
 
 
 RANK = """
 import sys, torch
 from pathlib import Path
-from tinyalign.memory import MemoryBank
+from tinyalign.memory import MemoryBank, leakage_report
 
 def memory():
     # Anonymous memory of this process, and its share of the bank's files; libraries' pages come and go with others.
@@ -278,39 +321,6 @@ def quantisation() -> None:
         error = (bank.gather(ids)[0].float() - values).square().mean().sqrt() / spread
         name = str(dtype).removeprefix("torch.") + (", a scale per entry" if dtype == torch.int8 else "")
         line(name, f"{error:.5f}", dtype.itemsize * math.prod(SHAPE))
-    center = values.mean(0)
-    scales = (values - center).abs().amax(0) / 127
-    error = (((values - center) / scales).round() * scales + center - values).square().mean().sqrt() / spread
-    line("int8, a scale per channel (for comparison)", f"{error:.5f}", math.prod(SHAPE))
-
-
-def on_milvus(keys: Tensor, count: int = 2000) -> None:
-    """The same contract over embedded Milvus, at a size it fills in seconds."""
-    if not (importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite")):
-        print("\nMilvus: pymilvus and milvus-lite are not installed")
-        return
-    from tinyalign.memory import MilvusMemoryBank
-
-    count = min(count, len(keys))
-    print(f"\nMilvus (embedded milvus-lite), {count} entries: wall ms per call, values included, beside MemoryBank")
-    bank = MemoryBank(WIDTH, SHAPE)
-    bank.add(keys[:count], torch.cat(list(random_values(count))))
-    with tempfile.TemporaryDirectory() as name:
-        remote = MilvusMemoryBank(str(Path(name) / "bank.db"), WIDTH, SHAPE)
-        begin = time.perf_counter()
-        remote.add_bank(bank)
-        line("fill", f"{time.perf_counter() - begin:.1f} s")
-        for batch in (1, 16):
-            queries, cells = clustered(batch, seed=batch), []
-            for each_bank in (remote, bank):
-                for exclude in ({}, {"exclude_ids": torch.arange(batch)}):
-                    each_bank.search(queries, K, **exclude)
-                    begin = time.perf_counter()
-                    each_bank.search(queries, K, **exclude)
-                    cells.append((time.perf_counter() - begin) * 1e3)
-            line(f"batch {batch}: Milvus, with exclusion", f"{cells[0]:.1f}", f"{cells[1]:.1f}")
-            line(f"batch {batch}: MemoryBank, with exclusion", f"{cells[2]:.1f}", f"{cells[3]:.1f}")
-        remote.close()
 
 
 def on_cuda(bank: MemoryBank) -> None:
@@ -340,38 +350,46 @@ def on_cuda(bank: MemoryBank) -> None:
             line(f"batch {batch}: {name}", f"{begin.elapsed_time(end) / 20:.3f}")
 
 
+def written(keys: Tensor, folder: Path) -> None:
+    """Write the bank in generations of some entries, joined at the end, so that its values never lie in memory."""
+    begin = time.perf_counter()
+    bank = MemoryBank(WIDTH, SHAPE)
+    for number, (part, values) in enumerate(zip(keys.split(4096), random_values(len(keys)), strict=True), start=1):
+        bank.add(part, values)
+        if number % 32 == 0:
+            bank.save(folder)
+    bank.save(folder)
+    if bank.generation > 1:
+        bank.compact()
+    size = sum(path.stat().st_size for path in folder.rglob("*.bin")) / 1e6
+    print(f"{len(keys)} entries: {size:.0f} MB written in {time.perf_counter() - begin:.1f} s, values drawn meanwhile")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument(
-        "--only", action="append", help="memory, files, gather, int8, milvus, cuda or search; all if none"
+        "--only", action="append", help="memory, files, gather, int8, cuda, leakage, search or indexes; all if none"
     )
-    parser.add_argument("--hnsw", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--folder", type=Path, help="where the bank is written; a temporary folder otherwise")
+    parser.add_argument("--index", action="append", help="such as HNSW32:efSearch=200; several if none")
+    parser.add_argument("--folder", type=Path, help="where the bank is, or is written and kept; temporary otherwise")
     options = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     keys = clustered(options.entries, seed=0)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name) / "bank"
-        bank = MemoryBank(WIDTH, SHAPE)
-        begin = time.perf_counter()
-        for part, values in zip(keys.split(4096), random_values(options.entries), strict=True):
-            bank.add(part, values)
-        added = time.perf_counter()
-        bank.save(folder)
-        size = sum(path.stat().st_size for path in folder.rglob("*.bin"))
-        print(f"{options.entries} entries: added in {added - begin:.1f} s, saved {size / 1e6:.0f} MB in ", end="")
-        print(f"{time.perf_counter() - added:.1f} s")
-        del bank
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(options.folder or name) / f"bank-{options.entries}"
+        if not folder.exists():
+            written(keys, folder)
         parts: dict[str, Callable[[], None]] = {
             "memory": lambda: shared_memory(folder),
             "files": lambda: durability(folder),
             "gather": lambda: gather(folder, options.entries),
             "int8": quantisation,
-            "milvus": lambda: on_milvus(keys),
             "cuda": lambda: on_cuda(MemoryBank.load(folder)),
-            "search": lambda: search(keys, MemoryBank.load(folder), options.hnsw),
+            "leakage": lambda: leakage(MemoryBank.load(folder)),
+            "search": lambda: search(keys, MemoryBank.load(folder), ()),
+            "indexes": lambda: search(keys, MemoryBank.load(folder), options.index or INDEXES),
         }
         for part_name in options.only or parts:
             parts[part_name]()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SMALLEST = 1 << 17  # bytes; smaller blocks are kept and handed out again by the C library
 LARGEST = 1 << 26
+ALIGNED = 64  # bytes of a cache line, as torch's own memory is
 MOST = 3  # a result in use, one being made, one in between
 
 
@@ -66,4 +67,6 @@ class Rooms:
                 continue
             if len(block.memory) >= size:
                 return block.memory
-        return np.empty(size, dtype=np.uint8)
+        memory = np.empty(size + ALIGNED, dtype=np.uint8)
+        start = -memory.ctypes.data % ALIGNED
+        return memory[start : start + size]
