@@ -165,6 +165,21 @@ def test_a_training_step_on_cuda_leaves_cudnn_out(monkeypatch, claims_cuda, trai
     assert seen == [(8 if masked else None, before)]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_cuda_branch_compiles_whole(masked):
+    """With shared queries and in training, over two shapes."""
+    torch.compiler.reset()
+    run = Sdpa().run_on_cuda
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for batch, keys in ((2, 5), (3, 9)):
+        q, k = torch.randn(1, 2, 4, 8, requires_grad=True), torch.randn(batch, 2, keys, 8)
+        keep = torch.arange(keys).expand(batch, 1, 1, keys) < keys - 1 if masked else None
+        got, expected = (each(q.expand(batch, -1, -1, -1), k, k, keep, 0.3) for each in (compiled, run))
+        torch.testing.assert_close(got, expected)
+        one, other = (torch.autograd.grad(out.square().sum(), q)[0] for out in (got, expected))
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(
     ("dtype", "widths", "takes"),
     [

@@ -104,9 +104,13 @@ class Sdpa:
         return spec.device == "cuda" and half and fits and torch.cuda.get_device_capability() >= (8, 0)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        """The mask goes in as bool; on CUDA it lies in rows of a multiple of eight, which the kernels ask for."""
-        if not q.is_cuda:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+        """The mask goes in as bool."""
+        if q.is_cuda:
+            return self.run_on_cuda(q, k, v, keep, scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+
+    def run_on_cuda(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        """The mask lies in rows of a multiple of eight, which the kernels ask for; cuDNN is left out of training."""
         q, k, v = laid_out(q), laid_out(k), laid_out(v)
         keep = None if keep is None else aligned_rows(keep)
         if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -277,7 +281,8 @@ def laid_out(tensor: Tensor) -> Tensor:
     read shared keys wrongly (pytorch issue 191937).
     """
     multiple = _WIDTH_MULTIPLE.get(tensor.dtype, 1)
-    begins = (tensor.storage_offset(), *tensor.stride()[:-1])
+    offset = 0 if torch.compiler.is_compiling() else tensor.storage_offset()  # which torch.compile cannot trace
+    begins = (offset, *tensor.stride()[:-1])
     shared = tensor.shape[0] > 1 and tensor.stride(0) == 0
     fits = tensor.stride(-1) == 1 and (tensor.shape[-1] % multiple or not any(begin % multiple for begin in begins))
     return tensor if fits and not shared else tensor.contiguous()
