@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import stdtrit
@@ -11,7 +13,7 @@ from tinyalign.theory.continuous import _fitted
 from tinyalign.theory.copula import EllipticalCopula, _student_quantiles, _vertex, fit_gaussian, normal_scores
 from tinyalign.theory.divergence import Divergence, Search, extrapolated, plane_divergence
 from tinyalign.theory.nearest import ksg_local
-from tinyalign.theory.smooth import smooth_test
+from tinyalign.theory.smooth import rank_departure, smooth_test
 
 
 def pairs(n: int, rhos: list[float], seed: int, width: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -185,3 +187,30 @@ def test_students_information_is_the_mean_log_ratio_less_its_bias() -> None:
         assert result.value == pytest.approx(result.samples.mean() - 4 / 6000, abs=2e-5)
         errors.append(result.value - 0.4318)
     assert abs(np.mean(errors)) < 0.006 + 3 * 0.0135 * np.sqrt(5 / 3 / 12)
+
+
+@pytest.mark.parametrize("freedom", [np.inf, 4.0])
+@pytest.mark.parametrize("width", [1, 3])
+def test_ranks_seldom_depart_from_the_law_that_drew_them(freedom: float, width: int) -> None:
+    """40 draws, of which one in twenty may be doubted: more than eight once in three thousand trials."""
+    doubted = 0
+    for seed in range(40):
+        x, y = pairs(600, [0.6] * width, seed)
+        z = np.hstack([x, y])
+        if np.isfinite(freedom):
+            z /= np.sqrt(np.random.default_rng(seed).chisquare(freedom, (600, 1)) / freedom)
+        doubted += rank_departure(replace(fit_gaussian(normal_scores(z), width), points=z, freedom=freedom))[1]
+    assert doubted <= 8
+
+
+def test_ranks_depart_where_the_law_does_not_hold() -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x = rng.uniform(size=(1000, 1))
+        band = mutual_information(x, x + rng.uniform(-1.0, 1.0, (1000, 1)), method="copula")
+        assert band.warned("law")
+        z = rng.normal(size=(1000, 6)) / np.sqrt(rng.chisquare(3, 1000) / 3)[:, None]
+        scores = normal_scores(z)
+        assert rank_departure(fit_gaussian(scores, 3))[1]  # Student's tails
+        skewed = rng.exponential(size=(1000, 1))
+        assert mutual_information(skewed, rng.exponential(size=(1000, 1)) / skewed, method="student").warned("law")

@@ -21,7 +21,7 @@ from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import information_interval
 from tinyalign.theory.neighbours import SHARED
-from tinyalign.theory.smooth import smooth_test
+from tinyalign.theory.smooth import rank_departure, smooth_test
 
 __all__ = ["continuous_information"]
 
@@ -147,6 +147,12 @@ def _parametric(
     value = law.information if math.isinf(law.freedom) else float(local.mean()) - law.bias
     left, right = law.split, len(law.correlation) - law.split
     low, high, error = information_interval(value, local, left * right, level)
+    departure, doubted = rank_departure(law)
+    if doubted:
+        warnings += (
+            f"law: ranks of the leading canonical pairs depart from the fitted {name} law by {departure:.1f} standard "
+            "errors; the interval takes the law for granted, so look at the other candidates",
+        )
     return Estimate(
         value,
         low,

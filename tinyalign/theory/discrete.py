@@ -12,13 +12,14 @@ from scipy.special import rel_entr
 from tinyalign.theory._input import as_labels, as_numpy
 from tinyalign.theory.entropies import (
     DISCRETE_METHODS,
-    correction_warnings,
+    bias_warnings,
     discrete_entropy,
     jackknife_shift,
     undersampling_warnings,
 )
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import entropy_interval, information_interval
+from tinyalign.theory.inversion import CELLS, simulated_entropy, simulated_information
 
 __all__ = ["conditional_discrete_information", "discrete_information", "table_information"]
 
@@ -83,18 +84,17 @@ def discrete_information(x: Any, y: Any, *, method: str = "auto", level: float =
         values["null_adjusted"] = (values["plugin"] - null) * ceiling / room if room > 1e-9 else 0.0
     chosen = ("null_adjusted" if warnings else "miller_madow") if method == "auto" else method
     local = np.log(joint[cell] / n) - np.log(count_x[left] / n) - np.log(count_y[right] / n)
-    many_x, many_y = int(np.count_nonzero(count_x)), int(np.count_nonzero(count_y))
     value = values[chosen]
     if chosen == "null_adjusted":
         warnings += (f"null: labels shuffled against each other give {null:.3f} nats, which this value takes out",)
-        low, high, error = information_interval(value, local, (many_x - 1) * (many_y - 1), level)
+        low, high, error = information_interval(value, local, (len(count_x) - 1) * (len(count_y) - 1), level)
     else:
-        # Where one side is a function of the other, the information is its entropy.
-        even = math.log(min(many_x, many_y)) if len(joint) == max(many_x, many_y) else None
-        free = min(many_x, many_y) - 1 if even is not None else (many_x - 1) * (many_y - 1)
-        low, high, error = _interval(value, local, free, even, level)
         shift = jackknife_shift(count_x) + jackknife_shift(count_y) - jackknife_shift(joint)
-        warnings += correction_warnings(chosen, joint, value - values["miller_madow"], shift, error)
+        codes = np.zeros_like(left), left, right
+        low, high, error, said = _interval(values["miller_madow"], local, codes, shift, level)
+        warnings += said
+        # The interval is that of the information whatever the correction, and reaches as far as the estimate.
+        low, high = min(low, value), max(high, value)
     return Estimate(
         value,
         low,
@@ -136,22 +136,16 @@ def conditional_discrete_information(x: IntArray, y: IntArray, z: IntArray, *, l
     n = len(z)
     alone = np.bincount(z)
     with_x, with_y = (z * (int(side.max()) + 1) + side for side in (x, y))
-    (seen_x, at_x, count_x), (seen_y, at_y, count_y), (_, at, count) = (
-        np.unique(codes, return_inverse=True, return_counts=True)
+    (at_x, count_x), (at_y, count_y), (at, count) = (
+        np.unique(codes, return_inverse=True, return_counts=True)[1:]
         for codes in (with_x, with_y, with_x * (int(y.max()) + 1) + y)
     )
     local = np.log(alone[z]) + np.log(count[at]) - np.log(count_x[at_x]) - np.log(count_y[at_y])
     parts = ((1, count_x), (1, count_y), (-1, count), (-1, alone))
     value = sum(sign * discrete_entropy(counts, "miller_madow") for sign, counts in parts)
     shift = sum(sign * jackknife_shift(counts) for sign, counts in parts)
-    many_x, many_y = np.bincount(seen_x // (int(x.max()) + 1)), np.bincount(seen_y // (int(y.max()) + 1))
-    even, free = None, int(((many_x - 1) * (many_y - 1)).sum())
-    if len(count) in (len(count_x), len(count_y)):
-        # Given z, one side is a function of the other.
-        many = many_y if len(count) == len(count_x) else many_x
-        even, free = float(np.log(many)[z].mean()), int((many - 1).sum())
-    low, high, error = _interval(value, local, free, even, level)
-    warnings = undersampling_warnings(count) + correction_warnings("miller_madow", count, 0.0, shift, error)
+    low, high, error, said = _interval(value, local, (z, x, y), shift, level)
+    warnings = undersampling_warnings(count) + said
     return Estimate(
         value,
         low,
@@ -166,14 +160,45 @@ def conditional_discrete_information(x: IntArray, y: IntArray, z: IntArray, *, l
 
 
 def _interval(
-    value: float, local: FloatArray, free: int, even: float | None, level: float
-) -> tuple[float, float, float]:
-    """Interval of an information, or with ``even`` (the entropy of even outcomes) of one that is an entropy."""
-    if free == 0 and even is not None:
-        return value, value, 0.0
-    if even is not None:
-        return entropy_interval(value, local, even, free, level)
-    return information_interval(value, local, free, level)
+    value: float, local: FloatArray, codes: tuple[IntArray, IntArray, IntArray], shift: float, level: float
+) -> tuple[float, float, float, tuple[str, ...]]:
+    """Interval of I(X; Y | Z), its standard error and what it does not hold.
+
+    Args:
+        value: the estimate with Miller and Madow's correction.
+        local: fitted log ratios of the samples.
+        codes: labels of z, x and y.
+        shift: by how much the jackknife exceeds ``value``.
+        level: nominal coverage.
+    """
+    _, many, other = (int(side.max()) + 1 for side in codes)
+    cells, counts = np.unique((codes[0] * many + codes[1]) * other + codes[2], return_counts=True)
+    layer, row, column = cells // (many * other), cells // other, cells // (many * other) * other + cells % other
+    rows, columns = (np.bincount(np.unique(side) // size) for side, size in ((row, many), (column, other)))
+    if len(cells) in (rows.sum(), columns.sum()):
+        # Given z, one side is a function of the other: the information is the entropy of that side.
+        outcomes = columns if len(cells) == rows.sum() else rows
+        if outcomes.max() == 1:
+            return value, value, 0.0, ()
+        ceiling = float(np.log(outcomes)[codes[0]].mean())
+        low, high, error = entropy_interval(value, local, ceiling, int((outcomes - 1).sum()), level)
+        if len(outcomes) == 1 and outcomes[0] <= CELLS:
+            sizes = np.bincount(codes[2] if outcomes is columns else codes[1])
+            low, high, error = simulated_entropy(sizes, (low, high), level)
+            low, high = min(low, value), max(high, value)
+        line = (
+            f"deterministic: one side is a function of the other in these {len(local)} samples; the interval is that "
+            "of its entropy, and exceptions too rare to be seen are not in it"
+        )
+        return low, high, error, (line,)
+    low, high, error = information_interval(value, local, int(((rows - 1) * (columns - 1)).sum()), level)
+    shape = int(layer.max()) + 1, many, other
+    if math.prod(shape) > CELLS:
+        return low, high, error, bias_warnings(counts, shift, error)
+    table = np.zeros(shape, dtype=np.int64)
+    table.reshape(-1)[cells] = counts
+    found = simulated_information(table, (low, high), level)
+    return min(found.low, value), max(found.high, value), found.error, ()
 
 
 def table_information(joint: Any) -> float:

@@ -12,6 +12,7 @@ from scipy.special import digamma, xlogy
 from tinyalign.theory._input import as_labels, as_matrix, as_numpy, check_level
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import entropy_interval
+from tinyalign.theory.inversion import CELLS, simulated_entropy
 from tinyalign.theory.neighbours import kth_distances, neighbour_interval
 
 __all__ = ["DISCRETE_METHODS", "discrete_entropy", "entropy", "knn_entropy"]
@@ -74,10 +75,11 @@ def entropy(
     if outcomes == 1:
         line = "constant: all samples are one outcome; what was not seen is not in the interval"
         return Estimate(value, value, value, method=chosen, n=n, warnings=(line,), level=level, std_error=0.0)
-    low, high, error = entropy_interval(value, surprise, math.log(outcomes), outcomes - 1, level)
-    warnings += correction_warnings(
-        chosen, counts, value - names_values["miller_madow"], jackknife_shift(counts), error
-    )
+    expected = entropy_interval(names_values["miller_madow"], surprise, math.log(outcomes), outcomes - 1, level)
+    low, high, error = simulated_entropy(counts, expected[:2], level) if outcomes <= CELLS else expected
+    # The interval is that of the entropy whatever the correction, and reaches as far as the estimates.
+    low, high = min(low, value, names_values["miller_madow"]), max(high, value, names_values["miller_madow"])
+    warnings += bias_warnings(counts, jackknife_shift(counts), error)
     return Estimate(
         value,
         low,
@@ -183,30 +185,21 @@ def jackknife_shift(counts: Any) -> float:
     return float(jackknife - plugin - (len(table) - 1) / (2 * n))
 
 
-def correction_warnings(method: str, counts: Any, off: float, shift: float, error: float) -> tuple[str, ...]:
-    """Say where a bias is left that the interval, which is that of the noise alone, does not hold.
+def bias_warnings(counts: Any, shift: float, error: float) -> tuple[str, ...]:
+    """Say where a bias is left that the interval does not hold.
 
     Args:
-        method: the correction that was used.
         counts: how often each outcome was seen.
-        off: by how much it exceeds Miller and Madow's.
         shift: by how much the jackknife exceeds Miller and Madow's.
         error: standard error of the estimate.
     """
     n, outcomes = int(np.sum(counts)), int(np.count_nonzero(counts))
-    warnings: tuple[str, ...] = ()
-    if abs(shift) > _BIASED * error or n < _FEW * outcomes:
-        warnings += (
-            f"undersampled: {n} samples over {outcomes} outcomes; the jackknife moves Miller and Madow's estimate by "
-            f"{shift:+.3f} nats, and the interval does not hold what bias is left",
-        )
-    # Grassberger's terms alternate in sign with the parity of each count.
-    off = max(abs(off), 0.5 * math.sqrt(outcomes) / n) if method == "grassberger" else abs(off)
-    if off > _BIASED * error:
-        warnings += (
-            f"correction: {method} is {off:.3f} nats from Miller and Madow's estimate, which is not in the interval",
-        )
-    return warnings
+    if abs(shift) <= _BIASED * error and n >= _FEW * outcomes:
+        return ()
+    return (
+        f"undersampled: {n} samples over {outcomes} outcomes; the jackknife moves Miller and Madow's estimate by "
+        f"{shift:+.3f} nats, and the interval does not hold what bias is left",
+    )
 
 
 def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
