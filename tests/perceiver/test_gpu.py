@@ -159,11 +159,14 @@ def test_the_encoder_at_table_3_sizes_equals_the_cpu(dtype, backend):
     inputs = torch.randn(3, 100, 128)
     mask = torch.arange(100)[None] < torch.tensor([100, 37, 1])[:, None]
     rounded = encoder.to(dtype).double()
-    expected = rounded(inputs.to(dtype).double(), mask).detach()
+    expected, unmasked = (rounded(inputs.to(dtype).double(), keep).detach() for keep in (mask, None))
     there = encoder.to(dtype).cuda()
     with use_attention_backend(backend):
         got = there(inputs.to(dtype).cuda(), mask.cuda())
         got.square().sum().backward()
+        with torch.no_grad():  # where other kernels may run
+            assert_near(there(inputs.to(dtype).cuda(), mask.cuda()), expected, dtype, factor=10.0)
+            assert_near(there(inputs.to(dtype).cuda()), unmasked, dtype, factor=10.0)
     assert_near(got.detach(), expected, dtype, factor=10.0)  # nine layers
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in there.parameters())
     assert there.cross_attention.query.weight.shape == (96, 96)
