@@ -267,7 +267,7 @@ class PerceiverPretrainer(nn.Module):
             mask = None if mask is None else mask.gather(1, positions)
         target = self.compressor.normalise(features.to(latents.dtype))
         error = (reader(latents, positions) - target).square().mean(dim=-1)
-        return error.mean() if mask is None else _masked_mean(error, mask)
+        return _masked_mean(error, torch.ones_like(error, dtype=torch.bool) if mask is None else mask)
 
     def _text_errors(self, reader: LatentReader, latents: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """(B, T): nats per token id, or the squared error of a normalised embedding."""
