@@ -174,6 +174,24 @@ def test_a_trained_null_input_reaches_the_entropy_of_the_targets() -> None:
     assert len(pvi(table, collect_nll(model, null_loader()))) == 40
 
 
+def test_a_null_input_takes_the_steps_that_it_is_asked_for_and_comes_to_rest() -> None:
+    model = TinyLM()
+    prompts: list[torch.Tensor] = []
+    forward = model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        prompts.append(kwargs["inputs_embeds"][0, :2].detach().clone())
+        return forward(*args, **kwargs)
+
+    model.forward = watched  # type: ignore[method-assign]
+    loader = null_loader() * 3
+    null = train_null_input(model, loader, num_tokens=2, steps=7, learning_rate=1.0)  # two rounds and one batch
+    assert len(prompts) == 7
+    moved = [float((after - before).norm()) for before, after in zip(prompts, [*prompts[1:], null.prompt], strict=True)]
+    assert min(moved) > 0
+    assert moved[-1] < 0.5 * moved[0]  # the last step has a seventh of the first one's rate
+
+
 def test_null_input_reads_targets_only_and_every_supervised_token() -> None:
     model, null = TinyLM(), NullInput(6, num_tokens=1, generator=torch.Generator().manual_seed(1))
     spread = torch.tensor([[-100, 3, -100, 5], [-100, 3, 5, -100]])

@@ -371,3 +371,13 @@ def test_bad_input_is_refused() -> None:
         classifier_information(x, [0, 1])
     with pytest.raises(ValueError, match=r"x must have shape \(n,\) or \(n, d\), got \(2, 3, 4\)"):
         ksg(np.zeros((2, 3, 4)), np.zeros(2))
+
+
+def test_labels_that_features_nearly_determine_are_said_to_be() -> None:
+    """A normal at +-s: at s = 1 errors are common, at 3 one in a thousand, at 5 none will be seen."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 1000)
+    for apart, said in ((1.0, False), (3.0, True), (5.0, True)):
+        result = classifier_information(rng.normal(size=1000) + apart * (2 * labels - 1), labels)
+        assert result.warned("saturated") is said
+        assert mutual_information(rng.normal(size=1000) + apart * (2 * labels - 1), labels).warned("saturated") is said

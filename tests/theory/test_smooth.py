@@ -214,3 +214,43 @@ def test_ranks_depart_where_the_law_does_not_hold() -> None:
         assert rank_departure(fit_gaussian(scores, 3))[1]  # Student's tails
         skewed = rng.exponential(size=(1000, 1))
         assert mutual_information(skewed, rng.exponential(size=(1000, 1)) / skewed, method="student").warned("law")
+
+
+@pytest.mark.parametrize(("width", "freedom", "alone"), [(1, 9, "squares"), (3, 25, "kurtosis")])
+def test_samples_look_radial_from_four_standard_errors_of_either_moment_on(
+    width: int, freedom: float, alone: str
+) -> None:
+    """Mardia's kurtosis of all columns, and the product of the centred squares of a pair, each by its formula."""
+    seen = {"kurtosis": 0, "squares": 0, "neither": 0}
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(400, 2 * width)) / np.sqrt(rng.chisquare(freedom, 400) / freedom)[:, None]
+        law = fit_gaussian(normal_scores(z), width).leading(width)
+        rho = np.diag(law.correlation[:width, width:])
+        u, v = law.points[:, :width], law.points[:, width:]
+        e = (v - rho * u) / np.sqrt(1 - rho**2)
+        d = 2 * width
+        kurtosis = (np.mean((u**2 + e**2).sum(axis=1) ** 2) - d * (d + 2)) / np.sqrt(8 * d * (d + 2) / 400)
+        squares = np.sqrt(400) * np.max(np.mean((u**2 - 1) * (e**2 - 1), axis=0)) / 2
+        found = smooth_test(law)
+        assert found.radial == ((kurtosis > 4 or squares > 4) and not found.turned)
+        seen["kurtosis"] += 4 < kurtosis < 5 and squares < 4 and not found.turned
+        seen["squares"] += 4 < squares < 5 and kurtosis < 4 and not found.turned
+        seen["neither"] += max(kurtosis, squares) < 4
+    assert min(seen[alone], seen["neither"]) >= 1
+
+
+def test_neighbours_of_draws_are_taken_off_near_the_law_and_not_far_from_it() -> None:
+    x, y = pairs(1500, [0.8, 0.5], 0)
+    law = fit_gaussian(normal_scores(np.hstack([x, y])), 2)
+    near = Divergence(law, Search(law.points, 2))
+    coarse = near.missed[:, 1:].mean(axis=1)
+    drawn = near.drawn[:, 1:].mean(axis=1)
+    spread = np.sqrt(coarse.var() / len(coarse) + drawn.var() / len(drawn))
+    assert not near.far
+    assert near.measured == pytest.approx((coarse.mean() - drawn.mean(), spread))
+    far = Divergence(EllipticalCopula(np.eye(4), 2, law.n, np.inf, law.points, np.nan), near.search)
+    coarse = far.missed[:, 1:].mean(axis=1)
+    assert far.far
+    assert far.measured == pytest.approx((coarse.mean(), 1.3 * coarse.std() / np.sqrt(len(coarse))))
+    assert "drawn" not in vars(far)  # what would not change the answer is not searched

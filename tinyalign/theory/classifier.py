@@ -23,6 +23,7 @@ __all__ = ["classifier_information"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+_CARRIED = 20.0  # samples that carry the loss, and nats that it adds up to
 _Fit = Callable[[FloatArray, IntArray, FloatArray, int], FloatArray]
 
 
@@ -86,8 +87,15 @@ def classifier_information(x: Any, labels: Any, *, folds: int = 5, level: float 
     surprise = -np.log(counts / n)[codes]
     local = surprise - loss + excess + (entropy - float(surprise.mean()))
     value = float(local.mean())
-    # The best of four, extrapolated: that step is taken to be as uncertain as it is large.
-    error = math.hypot(float(local.std(ddof=1)) / math.sqrt(n), float(excess.mean()))
+    # The best of four, extrapolated: half of that step is taken to be its error.
+    error = math.hypot(float(local.std(ddof=1)) / math.sqrt(n), 0.5 * float(excess.mean()))
+    total = float(loss.sum())
+    warnings: tuple[str, ...] = ()
+    if total < _CARRIED or total**2 < _CARRIED * float((loss**2).sum()):
+        warnings = (
+            f"saturated: x nearly determines the label, and the loss of {total:.3g} nats over {n} samples rests on few "
+            "of them; the interval does not hold errors too rare to be seen",
+        )
     half = float(ndtri(0.5 + level / 2)) * error
     return Estimate(
         value,
@@ -98,6 +106,7 @@ def classifier_information(x: Any, labels: Any, *, folds: int = 5, level: float 
         n=n,
         samples=local,
         candidates={f"classifier ({name})": entropy - float(item.mean()) for name, item in losses.items()},
+        warnings=warnings,
         level=level,
         std_error=error,
         details={"folds": folds, "extrapolated": float(excess.mean())},
