@@ -85,6 +85,69 @@ def test_another_plan_is_not_continued(tmp_path):
         )
 
 
+def test_another_plan_takes_the_place_of_a_build_that_was_published(tmp_path, expected, monkeypatch, same):
+    """A kill between the switch to the new bank and the end of the call leaves blocks that nobody needs."""
+    from tinyalign.memory import shards
+
+    def killed(work):
+        raise KeyboardInterrupt
+
+    def build(**options):
+        options = {"batch_size": 5, "progress": False, **options}
+        return build_memory_bank(range(50), options.pop("encode", encode), tmp_path / "bank", **options)
+
+    monkeypatch.setattr(shards, "discard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    same(MemoryBank.load(tmp_path / "bank"), expected)
+    with pytest.raises(KeyboardInterrupt):  # again, and the plan is the same: nothing is encoded
+        build(encode=Encoder(dies_at=0))
+    monkeypatch.undo()
+    other = build(batch_size=4, fingerprint={"key.a": 2})
+    same(other, expected)
+    assert other.fingerprint == {"key.a": 2}
+    assert [e.name for e in tmp_path.iterdir()] == ["bank"]
+
+
+def test_a_build_that_was_not_published_is_kept_from_another_plan(tmp_path, expected, monkeypatch):
+    from tinyalign.memory import saving
+
+    expected.save(tmp_path / "bank")
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    save_all = saving.save_all
+    monkeypatch.setattr(
+        saving,
+        "save_all",
+        lambda c, f, path, *a, **o: (killed if path.name == "bank" else save_all)(c, f, path, *a, **o),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), encode, tmp_path / "bank", batch_size=5, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(BankError, match=r"same plan, got a difference in build\.batch_size.*resume=False"):
+        build_memory_bank(range(50), encode, tmp_path / "bank", batch_size=4, progress=False)
+    again = Encoder()
+    build_memory_bank(range(50), again, tmp_path / "bank", batch_size=5, progress=False)
+    assert again.seen == []
+
+
+def test_blocks_of_another_number_of_ranks_are_not_thrown_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = BuildOptions(commit_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(range(50), Encoder(dies_at=25), tmp_path / "b", batch_size=5, options=options, progress=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(BankError, match=r"in build\.ranks \(bank: 3, given: 1\)\. Pass resume=False"):
+        build_memory_bank(range(50), encode, tmp_path / "b", batch_size=5, progress=False)
+    bank = build_memory_bank(range(50), encode, tmp_path / "b", batch_size=5, resume=False, progress=False)
+    assert len(bank) == 50
+    assert [e.name for e in tmp_path.iterdir()] == ["b"]
+
+
 def test_int8_is_quantised_around_the_mean_of_all(tmp_path, expected):
     options = BuildOptions(value_dtype=torch.int8, commit_every=8)
     bank = build_memory_bank(range(50), encode, tmp_path / "b", batch_size=4, options=options, progress=False)

@@ -55,6 +55,10 @@ def test_rank_zero_waits_until_all_have_seen_the_bank(tmp_path):
     assert not work.exists()
     with pytest.raises(BankError, match="rank 0 to publish the bank"):
         second.follow(tmp_path, 0.05)
+    work.mkdir()
+    (work / "published-of-00003.json").touch()  # by a build over three ranks, killed before it had cleaned up
+    with pytest.raises(BankError, match="rank 0 to publish the bank"):
+        second.follow(work, 0.05)
 
 
 def test_starting_anew(tmp_path):

@@ -16,9 +16,11 @@ from tinyalign.memory.codec import ValueCodec
 from tinyalign.memory.contents import Contents
 from tinyalign.memory.encoding import BuildOptions, EncodedBatch, SkippedRecord, encode_all
 from tinyalign.memory.fingerprint import checked_fingerprint
+from tinyalign.memory.store import current
 
 WHERE = "build_memory_bank"
 SKIPPED = "skipped.json"
+PUBLISHING = "publishing.json"
 
 
 def build_memory_bank(
@@ -35,10 +37,10 @@ def build_memory_bank(
 ) -> MemoryBank:
     """Encode records in batches and publish them as a bank at ``path``.
 
-    Finished blocks are kept beside ``path`` until the end, so that a killed build continues where it was; a bank that
-    stands at ``path`` stays in use until the new one replaces it in one step. Under ``torchrun`` or ``accelerate
-    launch`` each rank encodes its share of the batches and rank 0 joins them in order: the same bank as from one
-    process.
+    Finished blocks are kept beside ``path`` until the end, so that a killed build continues where it was; those of
+    another plan are refused, unless their bank was published before the kill. A bank that stands at ``path`` stays in
+    use until the new one replaces it in one step. Under ``torchrun`` or ``accelerate launch`` each rank encodes its
+    share of the batches and rank 0 joins them in order: the same bank as from one process.
 
     Args:
         records: anything with a length and ``[index]``, such as a dataset of samples.
@@ -75,20 +77,30 @@ def build_memory_bank(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"{WHERE}: on_error must be 'raise' or 'skip', got {on_error!r}. Choose one of them.")
     target = Path(path).absolute()
+    work = target.parent / f".{target.name}.build"
     prints = checked_fingerprint(fingerprint, WHERE)
     codec = ValueCodec(torch.int8) if options.value_dtype == torch.int8 else None
 
+    def generation() -> int:
+        manifest = current(target, WHERE)
+        return manifest.generation if manifest else 0
+
     def publish(contents: Contents, skipped: list[SkippedRecord]) -> None:
+        write_json(work / PUBLISHING, {"generation": generation() + 1})
         saving.save_all(contents, prints, target, WHERE, codec=codec)
         if skipped:
             write_json(target / SKIPPED, {"skipped": [list(each) for each in skipped]})
         else:
             (target / SKIPPED).unlink(missing_ok=True)
 
+    def published() -> bool:
+        noted = work / PUBLISHING
+        return noted.is_file() and generation() >= json.loads(noted.read_text(encoding="utf-8"))["generation"]
+
     encode_all(
         records,
         encode,
-        target.parent / f".{target.name}.build",
+        work,
         prints,
         publish,
         batch_size=batch_size,
@@ -96,6 +108,7 @@ def build_memory_bank(
         resume=resume,
         skip=on_error == "skip",
         progress=progress,
+        over=published,
     )
     return MemoryBank.load(target)
 

@@ -106,6 +106,10 @@ class _Numbered(torch.utils.data.Dataset[Any]):
 Publish = Callable[[Contents, list[SkippedRecord]], None]
 
 
+class _OtherPlanError(BankError):
+    """What a killed build left was made by another plan."""
+
+
 def encode_all(
     records: Sequence[Any],
     encode: Callable[[list[Any]], EncodedBatch],
@@ -119,8 +123,12 @@ def encode_all(
     skip: bool = False,
     progress: bool = True,
     where: str = "build_memory_bank",
+    over: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Encode this rank's share into ``work``; rank 0 then publishes the entries of all ranks, in order."""
+    """Encode this rank's share into ``work``; rank 0 then publishes the entries of all ranks, in order.
+
+    What another plan left in ``work`` is refused, or deleted where ``over`` says that nothing can come of it any more.
+    """
     share = share_of(len(records), batch_size)
     plan = {
         **plan,
@@ -134,8 +142,15 @@ def encode_all(
     }
     if not resume:
         start_anew(work, share)
+    try:
+        shard = _Shard(share, work, plan, options, where)
+    except _OtherPlanError:
+        if not over():
+            raise
+        start_anew(work, share)
+        shard = _Shard(share, work, plan, options, where)
     work.mkdir(parents=True, exist_ok=True)
-    _Shard(share, work, plan, options, where).build(records, encode, batch_size, skip=skip, progress=progress)
+    shard.build(records, encode, batch_size, skip=skip, progress=progress)
     if share.rank:
         share.follow(work, options.timeout)
         return
@@ -167,13 +182,14 @@ class _Shard:
             theirs = dict(found)
             self.done = theirs.pop(DONE)
             self.skipped = [SkippedRecord(*each) for each in json.loads(theirs.pop(LEFT_OUT))]
-        for marker in self.share.finished(self.work):
-            theirs = marker["plan"] if marker else theirs
-            differences = [] if theirs is None else differing_fields(self.plan, theirs)
+        plans = [marker["plan"] if marker else theirs for marker in self.share.finished(self.work)]
+        plans += [{**self.plan, "build.ranks": ranks} for ranks in self.share.other_counts(self.work)]
+        for plan in plans:
+            differences = [] if plan is None else differing_fields(plan, self.plan)
             if differences:
-                raise BankError(
+                raise _OtherPlanError(
                     f"{self.where}: {self.work} must hold a killed build of the same plan, got a difference in "
-                    f"{'; '.join(differences)} (bank: now). Pass resume=False to start anew."
+                    f"{'; '.join(differences)}. Pass resume=False to start anew, or what was given then to go on."
                 )
 
     def build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -42,18 +43,30 @@ class Share(NamedTuple):
             found.append(json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None)
         return found
 
+    def other_counts(self, work: Path) -> list[int]:
+        """Return over how many other ranks killed builds have left entries."""
+        named = (re.match(r"shard-\d{5}-of-(\d{5})", path.name) for path in work.glob("shard-*"))
+        return sorted({int(found[1]) for found in named if found} - {self.ranks})
+
     def finish(self, work: Path, timeout: float) -> None:
         """On rank 0: tell the others that the bank is published, wait until they saw it, and clean up."""
         if self.ranks > 1:
-            write_json(work / "published.json", {})
-            others = [work / f"left-{rank:05d}" for rank in range(1, self.ranks)]
+            write_json(self._published(work), {})
+            others = [self._left(work, rank) for rank in range(1, self.ranks)]
             wait_until(lambda: all(other.exists() for other in others), timeout, "the other ranks to see the bank")
         discard(work)
 
     def follow(self, work: Path, timeout: float) -> None:
         """On the other ranks: wait until the bank is published."""
-        wait_until(lambda: (work / "published.json").exists(), timeout, "rank 0 to publish the bank")
-        (work / f"left-{self.rank:05d}").touch()
+        wait_until(self._published(work).exists, timeout, "rank 0 to publish the bank")
+        self._left(work, self.rank).touch()
+
+    def _published(self, work: Path) -> Path:
+        # The number of ranks is part of the name: what a killed build of fewer or more left says nothing here.
+        return work / f"published-of-{self.ranks:05d}.json"
+
+    def _left(self, work: Path, rank: int) -> Path:
+        return work / f"left-{rank:05d}-of-{self.ranks:05d}"
 
 
 def share_of(num_records: int, batch_size: int, environ: Mapping[str, str] | None = None) -> Share:
