@@ -6,7 +6,8 @@ r"""The paper's ablations, and those it lacks, on scenes of handwritten digits: 
 Tower, language model and data are the quickstart's; each cell trains the connectors once per seed, from the same seed
 and on the same batches, and is measured on held-out scenes of other handwriting. Tables: `arms` (the controls),
 `bank_size` (the paper's Table 5), `encoder` (Table 6: which vision encoder made the bank), `top_k` (Table 7), `key`
-(what entries are found by), `value` (what they hold) and `exclusion` (may a sample retrieve itself in training).
+(what entries are found by), `value` (what they hold), `exclusion` (may a sample retrieve itself in training) and
+`reader` (how well the language model reads, and how many pairs the connectors have).
 
 A finished cell is kept in OUTPUT/cells.jsonl and not run again: after a kill, give the same command. Another setting of
 the constants below, or other parts, are other cells. Expect `bank` about a fifth under the baseline in `arms`, and its
@@ -34,7 +35,7 @@ from tinyalign.data import DigitScenes, Sample
 from tinyalign.evaluation import ArmRow, KeptRuns, compare_seeds, markdown_table, plot_arms, setting_name, write_csv
 from tinyalign.memory import AttentionPooledKey, FingerprintMismatch, KeyTransform, MemoryBank, SentenceTransformerKey
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
-from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_parts
+from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_binding_reader, load_digit_parts
 from tinyalign.models.frozen import (
     FoundNeighbours,
     FrozenSamples,
@@ -45,15 +46,8 @@ from tinyalign.models.frozen import (
     frozen_bank,
     pixel_latents,
 )
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
-from tinyalign.perceiver import (
-    FoldedPixelPerceiver,
-    LossWeights,
-    PerceiverCompressor,
-    PerceiverPretrainer,
-    PerceiverSizes,
-    PixelPerceiver,
-)
+from tinyalign.models.frozen_training import SMALL_SIZES, fit_frozen, fit_small_compressor, score_frozen
+from tinyalign.perceiver import FoldedPixelPerceiver, PerceiverCompressor, PixelPerceiver
 from tinyalign.perceiver.encoder import PerceiverEncoder
 from tinyalign.perceiver.pixels import TOKEN_CHANNELS
 from tinyalign.theory import NLLTable
@@ -61,10 +55,9 @@ from tinyalign.theory import NLLTable
 BANK, TRAIN, HELDOUT = 8000, 512, 400  # scenes; no handwriting is shared between the three
 STEPS, BATCH, RATE = 120, 16, 2e-3
 COMPRESSOR_STEPS = 300
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 ALPHA = 0.4
 OTHER_TOWER = {"seed": 1, "tower_steps": 800, "language_steps": 1}  # only its tower is used
-FULL = -1  # the whole bank
+FULL = -1  # the whole bank, all pairs
 TOKENS = 9  # of a caption, its end included
 XLABEL = "held-out nats per token (dots: seeds; line: 95 %, paired with the baseline)"
 Keys = Callable[[FrozenSamples], Tensor]
@@ -83,6 +76,12 @@ class Cell(NamedTuple):
     bank_tower: str = "A"  # that made the bank
     own_pairs: bool = False  # whether the training pairs are in the bank too (and excluded one by one)
     pooled: int | None = None  # retrieval tokens, if pooled to a fixed number
+    reader: str = "plain"  # the language model; "binding" also reads which colour is whose
+    pairs: int = FULL  # to train on
+
+    def baseline(self) -> Cell:
+        """What this cell is compared with."""
+        return Cell(arm="off", reader=self.reader, pairs=self.pairs)
 
 
 METHOD, BASELINE = Cell(), Cell(arm="off")
@@ -115,6 +114,10 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
     "exclusion": ("May a training sample retrieve itself", {
         "other pairs in the bank": METHOD, "own pairs too, excluded": Cell(own_pairs=True),
         "own pairs too, not excluded": Cell(arm="self", own_pairs=True), "no bank": BASELINE,
+    }),
+    "reader": ("How well the language model reads, and how many pairs there are", {
+        f"{reader}, {TRAIN if pairs == FULL else pairs} pairs, {arm}": Cell(arm=arm, reader=reader, pairs=pairs)
+        for reader in ("plain", "binding") for pairs in (64, 128, FULL) for arm in ("off", "bank", "shuffled")
     }),
 }  # fmt: skip
 
@@ -149,17 +152,21 @@ def main() -> None:
 def run(args: argparse.Namespace, recipe: DigitRecipe) -> KeptRuns:
     """Run the cells that the tables need and that were not run before; return all."""
     parts = {"A": load_digit_parts(recipe)}
+    readers = {"plain": parts["A"].language_model}
     setting = fingerprint_of(parts["A"])
     kept = KeptRuns(args.output / "cells.jsonl", setting, by=("cell", "seed"))
-    wanted = dict.fromkeys([BASELINE, *(cell for name in args.only for cell in TABLES[name][1].values())])
+    cells = [cell for name in args.only for cell in TABLES[name][1].values()]
+    wanted = dict.fromkeys([*(cell.baseline() for cell in cells), *cells])
     name_of = {cell: f"{name}/{label}" for name in reversed(args.only) for label, cell in TABLES[name][1].items()}
     for seed in range(args.seeds):
         missing = [cell for cell in wanted if not kept.get(cell=cell._asdict(), seed=seed)]
         needed = sorted({name for cell in missing for name in (cell.tower, cell.bank_tower)})
         if "B" in needed and "B" not in parts:
             parts["B"] = load_digit_parts(DigitRecipe(**{**vars(recipe), **OTHER_TOWER}))
+        if any(cell.reader == "binding" for cell in missing):
+            readers["binding"] = load_binding_reader(recipe)
         folder = args.output / f"compressors-{setting}-{seed}"
-        worlds = {name: World(parts[name], parts["A"].language_model, seed, folder / name) for name in needed}
+        worlds = {name: World(parts[name], readers, seed, folder / name) for name in needed}
         for at, cell in enumerate(missing, start=1):
             started = time.perf_counter()
             found = run_cell(cell, worlds, seed)
@@ -173,7 +180,7 @@ def run(args: argparse.Namespace, recipe: DigitRecipe) -> KeptRuns:
 def fingerprint_of(parts: DigitParts) -> str:
     """Name the constants and the parts that a cell was run with."""
     weights = [*parts.vision_tower.state_dict().values(), *parts.language_model.state_dict().values()]
-    said = [BANK, TRAIN, HELDOUT, STEPS, BATCH, RATE, COMPRESSOR_STEPS, SIZES, ALPHA, OTHER_TOWER]
+    said = [BANK, TRAIN, HELDOUT, STEPS, BATCH, RATE, COMPRESSOR_STEPS, SMALL_SIZES, ALPHA, OTHER_TOWER]
     sums = [float(weight.double().abs().sum()) for weight in weights]
     return setting_name([said, sums])
 
@@ -181,8 +188,9 @@ def fingerprint_of(parts: DigitParts) -> str:
 class World:
     """What one tower makes of one seed's scenes; banks are built when a cell first asks for them."""
 
-    def __init__(self, parts: DigitParts, language_model: nn.Module, seed: int, folder: Path) -> None:
-        self.parts, self.language_model, self.seed, self.folder = parts, language_model, seed, folder
+    def __init__(self, parts: DigitParts, readers: dict[str, nn.Module], seed: int, folder: Path) -> None:
+        self.parts, self.readers, self.seed, self.folder = parts, readers, seed, folder
+        self.words = readers["plain"].get_input_embeddings().weight
         self.encode = self.encoder_of(self.compressor("balanced"))
         sizes = {"memory": BANK, "train": TRAIN, "heldout": HELDOUT}
         self.split = {
@@ -192,7 +200,7 @@ class World:
 
     def compressor(self, fusion: Any) -> PerceiverCompressor:
         width, words = self.parts.vision_tower.config.hidden_size, len(self.parts.tokenizer)
-        compressor = PerceiverCompressor(width, vocab_size=words, sizes=SIZES, fusion=fusion, seed=self.seed)
+        compressor = PerceiverCompressor(width, vocab_size=words, sizes=SMALL_SIZES, fusion=fusion, seed=self.seed)
         return compressor.requires_grad_(False).eval()
 
     def encoder_of(self, compressor: nn.Module) -> SampleEncoder:
@@ -217,25 +225,17 @@ class World:
     def trained_compressor(self) -> PerceiverCompressor:
         """Trained on the bank's pairs once per seed, and kept beside the cells."""
         if not (self.folder / "config.json").exists():
-            compressor = self.compressor("balanced").requires_grad_(True)
-            pretrainer = PerceiverPretrainer(
-                compressor,
-                loss_weights=LossWeights(image=0.1, bag=0.3),
-                mixed_captions=0.0,
-                hidden_dim=64,
-                seed=self.seed,
-            )
-            encode = self.encoder_of(compressor)
-            fit_compressor(pretrainer, self.split["memory"], encode, steps=COMPRESSOR_STEPS, seed=self.seed)
-            compressor.save_pretrained(self.folder)
+            encode = self.encoder_of(self.compressor("balanced"))
+            fit_small_compressor(encode, self.split["memory"], steps=COMPRESSOR_STEPS, seed=self.seed)
+            encode.encoder.compressor.save_pretrained(self.folder)
         return PerceiverCompressor.from_pretrained(self.folder).requires_grad_(False).eval()
 
     def pixel_perceiver(self) -> FoldedPixelPerceiver:
         """The paper's value as its release makes it: an untrained Perceiver over raw pixels and caption bytes."""
-        latents, width = SIZES.num_latents, SIZES.latent_dim
+        latents, width = SMALL_SIZES.num_latents, SMALL_SIZES.latent_dim
         inner = PerceiverEncoder(
-            TOKEN_CHANNELS, num_latents=latents, latent_dim=width, num_self_attends=SIZES.num_self_attends,
-            num_heads=SIZES.num_heads, qk_channels=width, v_channels=width,
+            TOKEN_CHANNELS, num_latents=latents, latent_dim=width, num_self_attends=SMALL_SIZES.num_self_attends,
+            num_heads=SMALL_SIZES.num_heads, qk_channels=width, v_channels=width,
         )  # fmt: skip
         return FoldedPixelPerceiver(PixelPerceiver(inner, image_size=32, vocab_size=262, seed=self.seed))
 
@@ -244,7 +244,7 @@ class World:
         if kind == "paper":
             return self.image_and_text("caption"), self.image_and_text("instruction")
         if kind == "text":
-            encoder = sentence_encoder(self.parts, self.language_model.get_input_embeddings().weight)
+            encoder = sentence_encoder(self.parts, self.words)
             return (
                 lambda part: encoder.keys([sample.turns[1].text for sample in part.samples]),
                 lambda part: encoder.queries([instruction_of(sample) for sample in part.samples]),
@@ -259,16 +259,15 @@ class World:
         An entry reads its caption. A query reads the instruction, all that is known before the answer. Image features
         reach the width by a fixed map that keeps angles, where the release has a connector that is still learning.
         """
-        words = self.language_model.get_input_embeddings().weight
         width = self.parts.vision_tower.config.hidden_size
-        turn = torch.linalg.qr(torch.randn(words.shape[1], width, generator=torch.Generator().manual_seed(0)))[0]
+        turn = torch.linalg.qr(torch.randn(self.words.shape[1], width, generator=torch.Generator().manual_seed(0)))[0]
         pool = AttentionPooledKey(ALPHA)
 
         def keys(part: FrozenSamples) -> Tensor:
             texts = [sample.turns[1].text if said == "caption" else instruction_of(sample) for sample in part.samples]
             ids, mask = self.encode.tokens(texts)
             with torch.no_grad():
-                return pool(part.features[part.image_of] @ turn.T, F.embedding(ids, words), text_mask=mask)
+                return pool(part.features[part.image_of] @ turn.T, F.embedding(ids, self.words), text_mask=mask)
 
         return keys
 
@@ -307,12 +306,13 @@ def run_cell(cell: Cell, worlds: dict[str, World], seed: int) -> dict:
     """Train the connectors once, score the held-out scenes."""
     world, source = worlds[cell.tower], worlds[cell.bank_tower]
     train, heldout = world.split["train"], world.split["heldout"]
+    train = train if cell.pairs == FULL else train.take(range(min(cell.pairs, len(train))))
     model = TinyAlignVLM.from_parts(
         world.parts.vision_tower,
-        copy.deepcopy(world.language_model),
+        copy.deepcopy(world.readers[cell.reader]),
         tokenizer=world.parts.tokenizer,
-        num_latents=SIZES.num_latents,
-        latent_dim=SIZES.latent_dim,
+        num_latents=SMALL_SIZES.num_latents,
+        latent_dim=SMALL_SIZES.latent_dim,
         num_neighbours=cell.k,
         rag_num_tokens=cell.pooled,
         retrieval=cell.arm if cell.arm in ("off", "prompt") else "bank",
@@ -360,7 +360,7 @@ def summarise(label: str, cell: Cell, kept: KeptRuns, seeds: int) -> tuple[dict,
     `gain_low` to `gain_high` is over seeds: new runs on new data. `records_low` to `records_high` is over the held-out
     scenes of these runs. Gains are in nats per caption: positive means under the baseline.
     """
-    runs, base = ([kept.get(cell=one._asdict(), seed=seed) for seed in range(seeds)] for one in (cell, BASELINE))
+    runs, base = ([kept.get(cell=one._asdict(), seed=seed) for seed in range(seeds)] for one in (cell, cell.baseline()))
     found = compare_seeds(*([NLLTable(run["nll"], run["tokens"]) for run in part] for part in (runs, base)))
     ce, gain, pooled = found.per_token, found.gain, found.gain_of_samples
     row = {

@@ -34,19 +34,23 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from tinyalign.data import DigitScenes, LlavaDataset, answers_of, questions_of, write_llava
 from tinyalign.evaluation import KeptRuns, over_seeds, page_figure, setting_name, write_csv
-from tinyalign.memory import AttentionPooledKey, MemoryBank
-from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
-from tinyalign.models.digit_parts import DigitRecipe, load_digit_parts
+from tinyalign.memory import MemoryBank
+from tinyalign.models import SampleEncoder, TinyAlignVLM
+from tinyalign.models.digit_parts import DigitRecipe, load_binding_reader, load_digit_parts
 from tinyalign.models.frozen import FrozenSamples, compress_samples, find_neighbours, freeze_samples, frozen_bank
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
+from tinyalign.models.frozen_training import (
+    SMALL_SIZES,
+    fit_frozen,
+    fit_small_compressor,
+    score_frozen,
+    small_encoder,
+)
 from tinyalign.models.word_parts import train_word_parts
-from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 
 ARMS = ("off", "bank", "shuffled")
 NAMES = {"off": "baseline", "bank": "TinyAlign"}
 SHARES = (0.2, 0.4, 0.6, 1.0)
 NEIGHBOURS = 5
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS = 600
 DIGITS = {"stage_1_steps": 120, "epochs": 1, "batch": 16, "rate_1": 2e-3, "rate_2": 5e-4, "compressor_steps": 300}
 DIGIT_SCENES = {"memory": 4000, "train": 2000, "heldout": 800}
@@ -76,6 +80,9 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, help="LLaVA-format JSON with the questions to be measured on")
     parser.add_argument("--vision", help="vision tower: a folder or a hub id; trained on the spot without")
     parser.add_argument("--llm", help="causal language model: a folder or a hub id; trained on the spot without")
+    parser.add_argument(
+        "--binding", action="store_true", help="digits: a language model that also reads which colour is whose"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=("off", "bank", "shuffled", "random", "constant"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -84,6 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is not None and (args.images is None or args.eval is None):
         parser.error("--data needs --images and --eval")
+    if args.data is not None and args.binding:
+        parser.error("--binding is of the digits: it goes without --data")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.smoke:
         args.seeds, args.shares = 1, (0.5, 1.0)
@@ -106,7 +115,7 @@ def study(args: argparse.Namespace, recipe: DigitRecipe) -> None:
     for seed in range(args.seeds):
         missing = {arm: [s for s in args.shares if not kept.get(arm=arm, share=s, seed=seed)] for arm in args.arms}
         if any(missing.values()):
-            shared = digit_study(recipe, seed) if args.data is None else llava_study(args, seed, setting)
+            shared = digit_study(args, recipe, seed) if args.data is None else llava_study(args, seed, setting)
             for arm, shares in missing.items():
                 for run in run_arm(shared, arm, shares, seed) if shares else ():
                     kept.add(run)
@@ -124,9 +133,9 @@ def study(args: argparse.Namespace, recipe: DigitRecipe) -> None:
 
 
 def name_of(args: argparse.Namespace, recipe: DigitRecipe) -> str:
-    said = [NEIGHBOURS, SIZES, COMPRESSOR_STEPS]
+    said = [NEIGHBOURS, SMALL_SIZES, COMPRESSOR_STEPS]
     if args.data is None:
-        said += [DIGITS, DIGIT_SCENES, vars(recipe)]
+        said += [DIGITS, DIGIT_SCENES, vars(recipe), *(["binding"] if args.binding else [])]
     else:
         said += [LLAVA, LLAVA_EVAL, PICTURE, TOWER_STEPS, LANGUAGE_STEPS, args.vision, args.llm]
         said += [args.data.read_text(), args.eval.read_text()]
@@ -136,10 +145,11 @@ def name_of(args: argparse.Namespace, recipe: DigitRecipe) -> str:
 # What is studied
 
 
-def digit_study(recipe: DigitRecipe, seed: int) -> Study:
+def digit_study(args: argparse.Namespace, recipe: DigitRecipe, seed: int) -> Study:
     """Captions of bank scenes for stage 1; one question about each of other scenes for stage 2."""
     parts = load_digit_parts(recipe)
-    encode = encoder_of(parts.vision_tower, parts.image_processor, parts.tokenizer, seed)
+    reader = load_binding_reader(recipe) if args.binding else parts.language_model
+    encode = small_encoder(parts.vision_tower, parts.image_processor, parts.tokenizer, seed=seed)
     pretrain = freeze_samples(DigitScenes("memory", DIGIT_SCENES["memory"], seed=seed), encode)
     asked = []
     for split in ("train", "heldout"):
@@ -147,7 +157,7 @@ def digit_study(recipe: DigitRecipe, seed: int) -> Study:
         per_scene = scenes.samples_per_scene
         asked.append(freeze_samples([scenes[n * per_scene + n % per_scene] for n in range(scenes.num_scenes)], encode))
     bank = fill_bank(pretrain, encode, seed, min(COMPRESSOR_STEPS, DIGITS["compressor_steps"]))
-    return Study(pretrain, asked[0], asked[1], bank, parts.vision_tower, parts.language_model, parts.tokenizer, DIGITS)
+    return Study(pretrain, asked[0], asked[1], bank, parts.vision_tower, reader, parts.tokenizer, DIGITS)
 
 
 def llava_study(args: argparse.Namespace, seed: int, setting: str) -> Study:
@@ -167,7 +177,7 @@ def llava_study(args: argparse.Namespace, seed: int, setting: str) -> Study:
         vision, llm = vision or made.vision, llm or made.llm
     tower, tokenizer = AutoModel.from_pretrained(vision), AutoTokenizer.from_pretrained(llm)
     tower.requires_grad_(False).eval()
-    encode = encoder_of(tower, AutoImageProcessor.from_pretrained(vision), tokenizer, seed)
+    encode = small_encoder(tower, AutoImageProcessor.from_pretrained(vision), tokenizer, seed=seed)
     pretrain = freeze_samples([turn for sample in known for turn in questions_of(sample)], encode)
     entries = freeze_samples([answers_of(sample) for sample in known], encode)
     bank = fill_bank(entries, encode, seed, COMPRESSOR_STEPS)
@@ -176,20 +186,8 @@ def llava_study(args: argparse.Namespace, seed: int, setting: str) -> Study:
     return Study(pretrain, asked[0], asked[1], bank, tower, language_model, tokenizer, LLAVA)
 
 
-def encoder_of(tower: nn.Module, pictures: Any, tokenizer: Any, seed: int) -> SampleEncoder:
-    compressor = PerceiverCompressor(tower.config.hidden_size, vocab_size=len(tokenizer), sizes=SIZES, seed=seed)
-    return SampleEncoder(PairEncoder(tower, compressor, AttentionPooledKey()), pictures, tokenizer)
-
-
 def fill_bank(part: FrozenSamples, encode: SampleEncoder, seed: int, steps: int) -> MemoryBank:
-    pretrainer = PerceiverPretrainer(
-        encode.encoder.compressor,
-        loss_weights=LossWeights(image=0.1, bag=0.3),
-        mixed_captions=0.0,
-        hidden_dim=64,
-        seed=seed,
-    )
-    fit_compressor(pretrainer, part, encode, steps=steps, seed=seed)
+    fit_small_compressor(encode, part, steps=steps, seed=seed)
     return frozen_bank(part, compress_samples(part, encode))
 
 
@@ -203,8 +201,8 @@ def run_arm(shared: Study, arm: str, shares: Sequence[float], seed: int) -> list
         shared.tower,
         copy.deepcopy(shared.language_model),
         tokenizer=shared.tokenizer,
-        num_latents=SIZES.num_latents,
-        latent_dim=SIZES.latent_dim,
+        num_latents=SMALL_SIZES.num_latents,
+        latent_dim=SMALL_SIZES.latent_dim,
         num_neighbours=NEIGHBOURS,
         retrieval="off" if arm == "off" else "bank",
         connector_seed=seed,

@@ -33,9 +33,9 @@ from tinyalign.memory import AttentionPooledKey, MemoryBank, build_memory_bank
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.models.digit_parts import load_digit_parts
 from tinyalign.models.frozen import find_neighbours, freeze_samples
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen
+from tinyalign.models.frozen_training import fit_frozen, fit_small_compressor, small_encoder
 from tinyalign.models.tiny import write_tiny_parts
-from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes
 from tinyalign.theory import (
     Estimate,
     NLLTable,
@@ -48,7 +48,6 @@ from tinyalign.theory import (
 
 CONTROLS = ("shuffled", "random", "constant")
 BANK, TRAIN, HELDOUT, NEIGHBOURS = 8000, 512, 400, 5
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS, STEPS, RATE = 600, 400, 2e-3
 SMOKE_STEPS, SMOKE_SCENES, BATCH = 60, 128, 32
 
@@ -129,15 +128,8 @@ def digits(args: argparse.Namespace) -> None:
     memory, heldout = DigitScenes("memory", BANK), DigitScenes("heldout", HELDOUT)
     args.images, args.bank, args.entropy = folder / "images", folder / "bank", heldout.caption_entropy
     args.data = write_llava(heldout, folder / "heldout.json", args.images)
-    compressor = PerceiverCompressor(
-        parts.vision_tower.config.hidden_size, vocab_size=len(parts.tokenizer), sizes=SIZES, seed=0
-    )
-    encoder = PairEncoder(parts.vision_tower, compressor, AttentionPooledKey())
-    encode = SampleEncoder(encoder, parts.image_processor, parts.tokenizer)
-    pretrainer = PerceiverPretrainer(
-        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=0
-    )
-    fit_compressor(pretrainer, freeze_samples(memory, encode), encode, steps=COMPRESSOR_STEPS)
+    encode = small_encoder(parts.vision_tower, parts.image_processor, parts.tokenizer)
+    fit_small_compressor(encode, freeze_samples(memory, encode), steps=COMPRESSOR_STEPS)
     bank = build_memory_bank(
         memory, encode, args.bank, batch_size=128, resume=False, fingerprint=encode.fingerprint(), progress=False
     )

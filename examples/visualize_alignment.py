@@ -34,17 +34,15 @@ from torch.nn import functional as F
 
 from tinyalign.data import DigitScenes, LlavaDataset
 from tinyalign.evaluation import page_figure
-from tinyalign.memory import AttentionPooledKey, MemoryBank
-from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
+from tinyalign.memory import MemoryBank
+from tinyalign.models import SampleEncoder, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.models.digit_parts import DigitRecipe, load_digit_parts
 from tinyalign.models.frozen import FrozenSamples, compress_samples, find_neighbours, freeze_samples, frozen_bank
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen
+from tinyalign.models.frozen_training import SMALL_SIZES, fit_frozen, fit_small_compressor, small_encoder
 from tinyalign.models.sample_encoder import caption_of
-from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 
 BANK, TRAIN, HELDOUT = 8000, 512, 400
 STEPS, COMPRESSOR_STEPS, RATE = 300, 600, 2e-3
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 ARMS = {"baseline": "off", "tinyalign": "bank", "prompt (control)": "prompt"}
 NEIGHBOURS, NEAREST = 5, 10
 console = Console(width=112)
@@ -131,16 +129,9 @@ def digits(seed: int, num: int, smoke: bool) -> list[Clouds]:
     sizes = {"tower_steps": 5, "language_steps": 5, "batch_size": 16, "num_scenes": 64, "hidden_dim": 48}
     parts = load_digit_parts(DigitRecipe(**sizes) if smoke else DigitRecipe())
     counts = {"memory": 100, "train": 64, "heldout": 40} if smoke else {"memory": BANK, "train": TRAIN, "heldout": num}
-    compressor = PerceiverCompressor(
-        parts.vision_tower.config.hidden_size, vocab_size=len(parts.tokenizer), sizes=SIZES, seed=seed
-    )
-    pair = PairEncoder(parts.vision_tower, compressor, AttentionPooledKey())
-    encode = SampleEncoder(pair, parts.image_processor, parts.tokenizer)
+    encode = small_encoder(parts.vision_tower, parts.image_processor, parts.tokenizer, seed=seed)
     split = {name: freeze_samples(DigitScenes(name, count, seed=seed), encode) for name, count in counts.items()}
-    pretrainer = PerceiverPretrainer(
-        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=seed
-    )
-    fit_compressor(pretrainer, split["memory"], encode, steps=5 if smoke else COMPRESSOR_STEPS, seed=seed)
+    fit_small_compressor(encode, split["memory"], steps=5 if smoke else COMPRESSOR_STEPS, seed=seed)
     bank = frozen_bank(split["memory"], compress_samples(split["memory"], encode))
     heldout = split["heldout"]
     features, texts = heldout.features[heldout.image_of], [caption_of(sample) for sample in heldout.samples]
@@ -150,8 +141,8 @@ def digits(seed: int, num: int, smoke: bool) -> list[Clouds]:
             parts.vision_tower,
             copy.deepcopy(parts.language_model),
             tokenizer=parts.tokenizer,
-            num_latents=SIZES.num_latents,
-            latent_dim=SIZES.latent_dim,
+            num_latents=SMALL_SIZES.num_latents,
+            latent_dim=SMALL_SIZES.latent_dim,
             num_neighbours=NEIGHBOURS,
             retrieval=arm,
             connector_seed=seed,

@@ -64,9 +64,15 @@ def test_each_ablation_changes_one_thing_of_the_method(ablations: ModuleType) ->
     together = {"B asks B", "B, no bank", "B, random of A", "own pairs too, not excluded"}  # two by their nature
     for _, cells in ablations.TABLES.values():
         for label, cell in cells.items():
-            changed = [name for name in cell._fields if getattr(cell, name) != getattr(ablations.METHOD, name)]
+            alike = ablations.METHOD._replace(reader=cell.reader, pairs=cell.pairs)
+            changed = [name for name in cell._fields if getattr(cell, name) != getattr(alike, name)]
             assert len(changed) <= (1 if label not in together and "prompt" not in label else 3), (label, changed)
     assert {"500", "2000", "8000"} <= set(ablations.TABLES["bank_size"][1])
+    readers = {(cell.reader, cell.pairs, cell.arm) for cell in ablations.TABLES["reader"][1].values()}
+    assert len(readers) == 18  # every pair of the two beside its own baseline and control
+    assert all(
+        ablations.Cell(reader=r, pairs=p).baseline() == ablations.Cell("off", reader=r, pairs=p) for r, p, _ in readers
+    )
 
 
 def test_a_row_pairs_a_cell_with_the_baseline_of_its_seed(ablations: ModuleType, tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_ablations_run_once_and_are_kept(tmp_path: Path, cache: Path) -> None:
     assert "refused, and forced for this cell: MemoryBank.require_fingerprint" in said
     tables = sorted(path.stem for path in tmp_path.glob("*.csv"))
     assert tables == sorted(path.stem for path in tmp_path.glob("*.png"))
-    assert tables == ["arms", "bank_size", "encoder", "exclusion", "key", "top_k", "value"]
+    assert tables == ["arms", "bank_size", "encoder", "exclusion", "key", "reader", "top_k", "value"]
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     again = run("ablations.py", "--smoke", "--only", "arms", "--output", tmp_path, cache=cache)
     assert "cell 1 of" not in again

@@ -167,6 +167,9 @@ LANGUAGE: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**TEXT)),
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**GEMMA)),
     "stablelm": lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**TEXT)),
+    "lfm2": lambda: hf.Lfm2ForCausalLM(
+        hf.Lfm2Config(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, **TEXT)
+    ),
 }
 CLOSED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"}  # families that write a marker behind an image
 EVERY = [*FAMILIES, *LANGUAGE]

@@ -19,6 +19,7 @@ from transformers import (
     Dinov2WithRegistersModel,
     Gemma2Config,
     GemmaConfig,
+    Lfm2Config,
     LlamaConfig,
     PhiConfig,
     Qwen2Config,
@@ -58,6 +59,7 @@ LANGUAGE: dict[str, Callable[[], Any]] = {
     "gemma": lambda: GemmaConfig(head_dim=16, **TEXT),
     "gemma2": lambda: Gemma2Config(head_dim=16, final_logit_softcapping=0.5, **TEXT),
     "stablelm": lambda: StableLmConfig(**TEXT),
+    "lfm2": lambda: Lfm2Config(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, **TEXT),
 }
 PATCHES, LATENTS, LATENT_DIM = 4, 3, 8
 

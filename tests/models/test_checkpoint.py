@@ -24,7 +24,7 @@ def logits(build: Any, model: TinyAlignVLM) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
-@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm"])
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm", "lfm2"])
 def test_a_saved_model_is_the_same_to_the_bit(build: Any, tmp_path: Path, family: str, tower: str) -> None:
     """Phi's head has a bias, Qwen2's is tied to its embeddings: both must survive."""
     bank = build.bank()

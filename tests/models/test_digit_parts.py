@@ -8,9 +8,10 @@ import torch
 
 from tinyalign.data import DigitScenes
 from tinyalign.data.digits import COLOURS
-from tinyalign.models.digit_parts import DigitParts, _make_tokenizer, told_in_words
+from tinyalign.models.digit_language import make_tokenizer
+from tinyalign.models.digit_parts import DigitParts, told_in_words
 
-TOKENIZER = _make_tokenizer()
+TOKENIZER = make_tokenizer()
 
 
 class Reader:

@@ -22,9 +22,17 @@ from tinyalign.models.frozen import (
     frozen_bank,
     pixel_latents,
 )
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
+from tinyalign.models.frozen_training import (
+    SMALL_SIZES,
+    fit_compressor,
+    fit_frozen,
+    fit_small_compressor,
+    score_frozen,
+    small_encoder,
+)
 from tinyalign.models.tiny import write_tiny_parts
 from tinyalign.perceiver import (
+    LossWeights,
     PerceiverCompressor,
     PerceiverEncoder,
     PerceiverPretrainer,
@@ -181,3 +189,24 @@ def test_bad_input_is_named(world: Any) -> None:
     torch.nn.init.constant_(broken.connector.layers[0].weight, float("nan"))
     with pytest.raises(RuntimeError, match=r"fit_frozen: the loss must stay finite, got nan at step 0"):
         fit_frozen(broken, world.frozen, steps=2, rate=1e-3)
+
+
+def test_an_experiments_compressor_trains_as_its_parts_by_hand(world: Any) -> None:
+    def build() -> SampleEncoder:
+        return small_encoder(world.encode.encoder.vision.tower, world.encode.image_processor, world.words, seed=4)
+
+    encode, by_hand = build(), build()
+    curve = fit_small_compressor(encode, world.frozen, steps=3, seed=5)
+    pretrainer = PerceiverPretrainer(
+        by_hand.encoder.compressor,
+        loss_weights=LossWeights(image=0.1, bag=0.3),
+        mixed_captions=0.0,
+        hidden_dim=64,
+        seed=5,
+    )
+    assert curve == fit_compressor(pretrainer, world.frozen, by_hand, steps=3, seed=5)
+    trained = encode.encoder.compressor
+    assert not any(weight.requires_grad for weight in trained.parameters())
+    for one, other in zip(trained.parameters(), by_hand.encoder.compressor.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert compress_samples(world.frozen, encode).shape[1:] == (SMALL_SIZES.num_latents, SMALL_SIZES.latent_dim)

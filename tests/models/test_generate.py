@@ -19,7 +19,7 @@ def prompts(build: Any) -> tuple[list[list[int]], torch.Tensor]:
 
 
 @pytest.mark.parametrize("retrieval", ["off", "bank", "prompt"])
-@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm"])
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm", "lfm2"])
 def test_a_left_padded_batch_is_its_rows_one_by_one(build: Any, family: str, retrieval: str) -> None:
     model = build.model(family, retrieval=retrieval)
     rows, counts = prompts(build)

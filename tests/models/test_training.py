@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinyalign.models import TinyAlignVLM
 from tinyalign.models.assembly import Batch, embed_batch
 
-FAMILIES = ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm"]
+FAMILIES = ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm", "lfm2"]
 
 
 def batch(build: Any) -> dict[str, Any]:

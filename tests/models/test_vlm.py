@@ -34,7 +34,7 @@ def by_hand(model: TinyAlignVLM, ids: list[int], pixels: Tensor, values: Tensor 
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
-@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm"])
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm", "lfm2"])
 def test_off_is_the_plain_composition_bit_for_bit(build: Any, family: str, tower: str) -> None:
     model = build.model(family, tower)
     ids, pixels = build.row(1, 5, "image", 7, 8), torch.randn(1, *PIXELS)
@@ -47,7 +47,7 @@ def test_off_is_the_plain_composition_bit_for_bit(build: Any, family: str, tower
     assert plain.std() > 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm"])
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma", "gemma2", "stablelm", "lfm2"])
 def test_retrieval_stands_between_image_and_instruction(build: Any, family: str) -> None:
     """Rows of different lengths, image counts and positions, padded: each equals its own unpadded composition."""
     model = build.model(family)

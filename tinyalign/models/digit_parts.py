@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,47 +18,21 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from tinyalign._files import replace_directory
-from tinyalign.data.digits import CAPTION_PROMPT, COLOURS, IMAGE_SIZE, DigitScenes, caption_of, question_of
+from tinyalign.data.digits import IMAGE_SIZE, DigitScenes
 from tinyalign.models.descent import Descent, descend
+from tinyalign.models.digit_language import make_tokenizer, tell, train_language_model
 from tinyalign.models.word_parts import padded
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
-_FILLER = (
-    "so",
-    "here",
-    "we",
-    "see",
-    "note",
-    "it",
-    "there",
-    "page",
-    "line",
-    "look",
-    "near",
-    "some",
-    "ink",
-    "on",
-    "with",
-)
 # Raise this with any change of what is trained here or of how a scene is drawn: older caches are then left aside.
 _VERSION = 3
-# Texts of every length from here on: a model that only read long prefixes is helped by any filler after a short one.
-_SHORTEST_PREFIX = 8
-_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %} ask {{ message.content }}"
-    "{% else %} answer {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} answer{% endif %}"
-)
+_BINDING_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -120,13 +94,13 @@ def load_digit_parts(
     """
     recipe = DigitRecipe() if recipe is None else recipe
     track = track if track is not None else _silent
-    folder = _cache_folder(cache_dir) / f"digit-parts-{_name_of(recipe)}"
+    folder = _cache_folder(cache_dir) / f"digit-parts-{_name_of(recipe, _VERSION)}"
     if retrain or not (folder / "recipe.json").is_file():
         with torch.random.fork_rng(devices=[]), replace_directory(folder) as fresh:
             torch.manual_seed(recipe.seed)
-            tokenizer = _make_tokenizer()
+            tokenizer = make_tokenizer()
             tokenizer.save_pretrained(fresh / "language_model")
-            _train_language_model(recipe, tokenizer, track).save_pretrained(fresh / "language_model")
+            _train_language(recipe, tokenizer, track, binding=False).save_pretrained(fresh / "language_model")
             _train_tower(recipe, tokenizer, track).save_pretrained(fresh / "vision_tower")
             size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
             SiglipImageProcessorPil(size=size).save_pretrained(fresh / "vision_tower")
@@ -139,6 +113,38 @@ def load_digit_parts(
         language_model.requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(folder / "language_model"),
     )
+
+
+def load_binding_reader(
+    recipe: DigitRecipe | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    retrain: bool = False,
+    track: Track | None = None,
+) -> nn.Module:
+    """Train, or fetch from the cache, a language model that also reads which colour is whose.
+
+    It has the width, the depth and the vocabulary of the one that `load_digit_parts` gives, and can take its place:
+    ``parts._replace(language_model=load_binding_reader())``. What a better reader leaves for retrieval to do is
+    a question of its own.
+
+    Args:
+        recipe: as for `load_digit_parts`; what concerns the tower changes nothing.
+        cache_dir: as there.
+        retrain: train anew although the cache has it.
+        track: wraps the steps of the training with a progress display: ``track(steps, label)``.
+
+    Raises:
+        RuntimeError: the training diverged.
+    """
+    recipe = DigitRecipe() if recipe is None else recipe
+    folder = _cache_folder(cache_dir) / f"digit-reader-{_name_of(recipe, _BINDING_VERSION)}"
+    if retrain or not folder.is_dir():
+        with torch.random.fork_rng(devices=[]), replace_directory(folder) as fresh:
+            torch.manual_seed(recipe.seed)
+            model = _train_language(recipe, make_tokenizer(), _silent if track is None else track, binding=True)
+            model.save_pretrained(fresh)
+    return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
 def told_in_words(parts: DigitParts, scenes: DigitScenes, *, seed: int = 0, batch_size: int = 64) -> float:
@@ -165,7 +171,7 @@ def told_in_words(parts: DigitParts, scenes: DigitScenes, *, seed: int = 0, batc
     for index, sample in enumerate(scenes):
         scene = scenes.scene(index // scenes.samples_per_scene)
         facts = list(zip(scene.colours, scene.digits, strict=True))
-        words = " ".join(_read_facts(facts, 32, rng, contradicted=0.0))
+        words = " ".join(tell(facts, 32, rng, contradicted=0.0))
         asked, answer = (turn.text.removeprefix("<image>\n") for turn in sample.turns)
         texts.append((known(f"<s> ask {words} {asked} answer".split()), known(f"{answer} </s>".split())))
     right = 0
@@ -189,96 +195,23 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinyalign"
 
 
-def _name_of(recipe: DigitRecipe) -> str:
+def _name_of(recipe: DigitRecipe, version: int) -> str:
     """Name a recipe together with the version of the code that carries it out."""
-    return hashlib.sha256(json.dumps([_VERSION, asdict(recipe)], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([version, asdict(recipe)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [*_SPECIAL, "ask", "answer", "and", "a", "what", "color", "is", "which", "digit", "the", "?", "."]
-    words += [*CAPTION_PROMPT.split(), *COLOURS, *map(str, range(10)), *_FILLER]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    wrapped.chat_template = _CHAT_TEMPLATE
-    return wrapped
-
-
-# The language model
-
-
-def _read_facts(
-    facts: Sequence[tuple[str, int]], length: int, rng: np.random.Generator, *, contradicted: float = 0.3
-) -> list[str]:
-    """Write facts among filler: each one to six times, now and then with contradicting ones that are rarer."""
-    mentions = [fact for fact in facts for _ in range(int(rng.integers(1, 5)))]
-    if rng.random() < contradicted:
-        colours = list(COLOURS)
-        wrong = [(colours[rng.integers(4)], int(rng.integers(10))) for _ in range(int(rng.integers(1, 4)))]
-        mentions += [*wrong, *facts, *facts]
-    rng.shuffle(mentions)
-    words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=length)]
-    places = 2 * rng.choice(length // 2, size=min(len(mentions), length // 2), replace=False)
-    for place, (colour, digit) in zip(places.tolist(), mentions, strict=False):
-        words[place] = str(colour)
-        words[place + 1] = str(digit)
-    return words
-
-
-def _texts(
-    recipe: DigitRecipe, tokenizer: Any, rows: int, reach: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw token ids and labels, padded on the right; `reach` in (0, 1] scales the longest prefix."""
-    encoded: list[tuple[list[int], list[int]]] = []
-    longest = max(12, int(reach * recipe.longest_prefix))
-    for _ in range(rows):
-        digits = [int(digit) for digit in rng.choice(10, 2, replace=False)]
-        facts = list(zip([str(c) for c in rng.choice(list(COLOURS), 2, replace=False)], digits, strict=True))
-        asked, answer = (CAPTION_PROMPT, caption_of(facts))
-        if rng.random() < 0.4:
-            asked, answer = question_of(facts, int(rng.integers(4)))
-        prefix = _read_facts(facts, int(rng.integers(_SHORTEST_PREFIX, longest + 1)), rng)
-        prompt = f"<s> ask {' '.join(prefix)} {asked} answer"
-        encoded.append(
-            (tokenizer.convert_tokens_to_ids(prompt.split()), tokenizer.convert_tokens_to_ids(f"{answer} </s>".split()))
-        )
-    return padded(encoded)
-
-
-def _train_language_model(recipe: DigitRecipe, tokenizer: Any, track: Track) -> LlamaForCausalLM:
-    width = recipe.hidden_dim * 4 // 3
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    rng = np.random.default_rng(recipe.seed)
-
-    def loss_of(step: int) -> Tensor:
-        # Short texts first: finding facts among filler is learned several times sooner that way.
-        reach = 0.2 + 0.8 * min(1.0, 1.5 * step / recipe.language_steps)
-        ids, labels = _texts(recipe, tokenizer, recipe.batch_size // 2, reach, rng)
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # padded on the right: no mask is needed
-        learned = labels[:, 1:] != -100
-        return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
-
+def _train_language(recipe: DigitRecipe, tokenizer: Any, track: Track, *, binding: bool) -> Any:
     label = "language model, on text only"
-    _train(loss_of, model.parameters(), recipe.language_steps, 3e-3, label, track)
-    return model.eval()
+    return train_language_model(
+        tokenizer,
+        width=recipe.hidden_dim * 4 // 3,
+        steps=recipe.language_steps,
+        rows=recipe.batch_size // 2,
+        longest_prefix=recipe.longest_prefix,
+        seed=recipe.seed,
+        binding=binding,
+        track=lambda steps: track(steps, label),
+    )
 
 
 # The vision tower

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyalign._checks import check_positive
+from tinyalign.memory import AttentionPooledKey
 from tinyalign.models.descent import Descent, descend
 from tinyalign.models.frozen import FoundNeighbours, FrozenSamples
+from tinyalign.models.pair_encoder import PairEncoder
 from tinyalign.models.sample_encoder import SampleEncoder, caption_of
 from tinyalign.models.vlm import TinyAlignVLM
-from tinyalign.perceiver import PerceiverPretrainer
+from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
 
 Track = Callable[[Iterable[int]], Iterable[int]]
+SMALL_SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 
 
 class FrozenScores(NamedTuple):
@@ -159,3 +162,42 @@ def fit_compressor(
     curve = descend(loss_of, pretrainer.parameters(), Descent(steps, rate), where="fit_compressor", track=track)
     pretrainer.compressor.requires_grad_(False).eval()
     return curve
+
+
+def small_encoder(tower: Any, image_processor: Any, tokenizer: Any, *, seed: int = 0) -> SampleEncoder:
+    """Build the encoder of an experiment's bank: `SMALL_SIZES` of compressor, keys from images.
+
+    Args:
+        tower: a frozen vision tower.
+        image_processor: of the tower.
+        tokenizer: of the captions.
+        seed: of the compressor's weights, which `fit_small_compressor` trains.
+    """
+    width, words = tower.config.hidden_size, len(tokenizer)
+    compressor = PerceiverCompressor(width, vocab_size=words, sizes=SMALL_SIZES, seed=seed)
+    return SampleEncoder(PairEncoder(tower, compressor, AttentionPooledKey()), image_processor, tokenizer)
+
+
+def fit_small_compressor(
+    encode: SampleEncoder, part: FrozenSamples, *, steps: int, seed: int = 0, track: Track | None = None
+) -> list[float]:
+    """Train the compressor of `small_encoder` on pairs whose captions say nearly all there is to see.
+
+    The losses are weighted for that: little for image features, and each caption stays with its image.
+
+    Args:
+        encode: whose compressor trains; frozen after.
+        part: image-caption pairs.
+        steps: optimiser steps.
+        seed: of the decoder's weights and of the draws.
+        track: wraps the steps with a progress display.
+
+    Raises:
+        ValueError: no steps.
+        RuntimeError: the loss is no longer finite.
+    """
+    weights = LossWeights(image=0.1, bag=0.3)
+    compressor: Any = encode.encoder.compressor
+    compressor.requires_grad_(True)
+    pretrainer = PerceiverPretrainer(compressor, loss_weights=weights, mixed_captions=0.0, hidden_dim=64, seed=seed)
+    return fit_compressor(pretrainer, part, encode, steps=steps, seed=seed, track=track)
