@@ -81,7 +81,8 @@ def test_the_report_of_embeddings_and_of_missing_parts():
     known.text_reader.forward = lambda latents, positions: 0.75 * normal  # what is left is a quarter, squared
     left = evaluate_reconstruction(known, [{"image_features": image, "text": text}])
     assert left.text_explained == pytest.approx(15 / 16, abs=1e-4)
-    only_images = evaluate_reconstruction(build(), [{"image_features": image}])
+    only_images = evaluate_reconstruction(build(), [{"image_features": image, "text": None}])
+    assert only_images == evaluate_reconstruction(build(), [{"image_features": image}])
     assert (only_images.token_nll, only_images.num_tokens) == (None, 0)
     only_text = evaluate_reconstruction(
         build(loss_weights=LossWeights(image=0.0)), [{"image_features": image, "text": example(4)[1]}]
@@ -98,6 +99,23 @@ def test_the_report_takes_any_integers(kind):
     batches = [[{"image_features": image, "text": ids}] for ids in (text, text.to(kind))]
     one, other = (evaluate_reconstruction(pretrainer, batch) for batch in batches)
     assert one == other
+
+
+def test_batches_may_lie_on_another_device():
+    """As those of a `Trainer` do, which a model that was moved to the CPU could not read."""
+
+    class Elsewhere:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def to(self, device):
+            assert device == torch.device("cpu")
+            return self.tensor
+
+    image, text = example(2)
+    pretrainer, here = build(), {"image_features": image, "text": text}
+    there = {name: Elsewhere(tensor) for name, tensor in here.items()}
+    assert evaluate_reconstruction(pretrainer, [there]) == evaluate_reconstruction(pretrainer, [here])
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -36,7 +36,7 @@ def evaluate_reconstruction(
 
     Args:
         pretrainer: the trained compressor with its decoder; its training mode is restored afterwards.
-        batches: the arguments of `PerceiverPretrainer.forward` by name, as a `DataLoader` yields them.
+        batches: the arguments of `PerceiverPretrainer.forward` by name, as a `DataLoader` yields them, on any device.
 
     Shape:
         of a batch: as `PerceiverPretrainer.forward` takes it.
@@ -57,12 +57,13 @@ def evaluate_reconstruction(
     pretrainer.eval()
     names = ("error", "energy", "nll", "right", "text_error", "text_energy", "patches", "tokens")
     totals: dict[str, float] = dict.fromkeys(names, 0.0)
-    count = 0
+    device, count = pretrainer.compressor.image_projection.weight.device, 0
     try:
         with torch.no_grad():
             for batch in batches:
                 count += 1
-                _add(pretrainer, batch, totals)
+                given = {name: part.to(device) for name, part in batch.items() if part is not None}
+                _add(pretrainer, given, totals)
     finally:
         pretrainer.train(training)
     if not count:
