@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tinyalign.memory import BankError, MemoryBank, resident
+from tinyalign.memory import BankError, KeyTransform, MemoryBank, resident
 
 
 @pytest.fixture
@@ -51,16 +53,72 @@ def test_padding_does_not_exclude_entries_without_a_group():
     assert found.mask.tolist() == [[True, True], [True, False]]
 
 
-def test_no_value_is_looked_at(random_bank):
-    """Fake tensors hold no data: whatever reads one, or sizes a tensor by one, raises."""
-    bank = random_bank()
-    moved = bank.to("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        moved._shards = [type(s)(*(None if t is None else mode.from_tensor(t) for t in s)) for s in moved._shards]
-        queries, hide = mode.from_tensor(torch.randn(3, 8)), mode.from_tensor(torch.ones(3, 2).long())
-        hits = moved.search(queries, 4, exclude_ids=hide, exclude_groups=hide)
+# Fakes can only be of a kind of device that torch is built for; where that is no GPU, one that stands for it.
+KIND = "cuda" if torch.backends.cuda.is_built() else "lazy"
+
+
+class OnDevices(TorchDispatchMode):
+    """Sees every operation: none may take or make a tensor on the host."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.seen = kind, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves((args, kwargs, made)):
+            assert not isinstance(each, torch.Tensor) or each.device.type == self.kind, func
+        self.seen.add(func)
+        return made
+
+
+@pytest.mark.parametrize("devices", [[f"{KIND}:0"], [f"{KIND}:0", f"{KIND}:1", f"{KIND}:2"]])
+@pytest.mark.parametrize("key_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_nothing_is_looked_at_and_nothing_leaves_the_devices(
+    random_bank, small_blocks, devices, key_dtype, value_dtype, whitened
+):
+    """Fake tensors hold no data and know their device: reading one, sizing one by another, or mixing devices raises.
+
+    The bank lies on three devices at most, the queries and exclusions on the first; every result must be there, too.
+    """
+    transform = KeyTransform.fit(random_bank().keys(), whiten=True, dim=5) if whitened else None
+    bank = random_bank(100, key_dtype=key_dtype, value_dtype=value_dtype, transform=transform)
+    moved = bank.to(["cpu"] * len(devices))
+    queries, ids = torch.randn(3, 8), torch.ones(3, 2).long()
+    expected = moved.search(queries, 4, exclude_ids=ids, exclude_groups=ids)
+    with FakeTensorMode() as mode:
+        moved._shards = [
+            type(shard)(*(None if t is None else mode.from_tensor(t).to(device) for t in shard))
+            for shard, device in zip(moved._shards, devices, strict=True)
+        ]
+        queries, ids = (mode.from_tensor(t).to(devices[0]) for t in (queries, ids))
+        if moved._transform:  # its tensors are made fake by hand, too: made on the host, they would be seen
+            moved._transform.mean, moved._transform.projection = (
+                mode.from_tensor(t).to(devices[0]) for t in (moved._transform.mean, moved._transform.projection)
+            )
+        with OnDevices(KIND) as watched:
+            hits = moved.search(queries, 4, exclude_ids=ids, exclude_groups=ids)
+            found = moved.neighbours(queries.bfloat16(), 300)
+            moved.search(queries[:0], 0)
+            values, mask = moved.gather(hits.ids)
+    assert moved.devices == tuple(torch.device(each) for each in devices)
+    for made in (*hits, *found, values, mask):
+        assert made.device == torch.device(devices[0])
+    for made, right in zip((*hits, values), (*expected, expected.values), strict=True):
+        assert (made.shape, made.dtype) == (right.shape, right.dtype)
+    assert tuple(found.ids.shape) == (3, 300)
+    assert {torch.ops.aten.searchsorted.Tensor, torch.ops.aten.topk.default} <= watched.seen
+
+
+def test_the_transform_comes_along(random_bank):
+    bank = random_bank(transform=KeyTransform.fit(random_bank().keys(), whiten=True, dim=5))
+    moved = bank.to("meta")
+    with OnDevices("meta"):
+        hits = moved.search(torch.randn(3, 8, device="meta"), 4)
     assert tuple(hits.values.shape) == (3, 4, 2, 3)
-    assert tuple(hits.mask.shape) == (3, 4)
+    assert bank.search(torch.randn(3, 8), 4).mask.all()  # the bank's own stayed
 
 
 def test_a_query_that_is_not_finite_finds_nothing(random_bank):

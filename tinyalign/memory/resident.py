@@ -55,7 +55,9 @@ class ResidentBank:
     def __init__(self, contents: Contents, devices: Sequence[torch.device], *, values: bool = True) -> None:
         if not len(contents.table):
             raise BankError("MemoryBank.to: the bank must hold entries, got 0. Add some first.")
-        self.spec, self.input_dim, self._transform = contents.spec, contents.input_dim, contents.transform
+        self.spec, self.input_dim = contents.spec, contents.input_dim
+        # From the host, the transform would be copied, and waited for, at every search.
+        self._transform = None if contents.transform is None else contents.transform.to(devices[0])
         rows = torch.from_numpy(contents.table.live_rows())
         ids = torch.from_numpy(contents.table.column("ids"))[rows]
         order = ids.argsort()  # sorted within each shard, so that an id is found by bisection

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import xxhash
 from torch import Tensor
@@ -97,6 +99,13 @@ class KeyTransform:
         centred = keys.to(dtype) - self.mean.to(keys.device, dtype)
         return centred if self.projection is None else centred @ self.projection.to(keys.device, dtype)
 
+    def to(self, device: torch.device | str) -> KeyTransform:
+        """Return a copy on a device, for keys there."""
+        moved = copy.copy(self)
+        moved.mean = self.mean.to(device)
+        moved.projection = None if self.projection is None else self.projection.to(device)
+        return moved
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeyTransform):
             return NotImplemented
@@ -111,7 +120,7 @@ class KeyTransform:
 
     def name(self) -> str:
         """Return 16 hex digits that name the map by content."""
-        return xxhash.xxh3_64_hexdigest(self.packed().numpy().tobytes())
+        return xxhash.xxh3_64_hexdigest(self.packed().cpu().numpy().tobytes())
 
     @classmethod
     def unpacked(cls, packed: Tensor, output_dim: int) -> KeyTransform:
