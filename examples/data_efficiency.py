@@ -151,11 +151,10 @@ def digit_study(args: argparse.Namespace, recipe: DigitRecipe, seed: int) -> Stu
     reader = load_binding_reader(recipe) if args.binding else parts.language_model
     encode = small_encoder(parts.vision_tower, parts.image_processor, parts.tokenizer, seed=seed)
     pretrain = freeze_samples(DigitScenes("memory", DIGIT_SCENES["memory"], seed=seed), encode)
-    asked = []
-    for split in ("train", "heldout"):
-        scenes = DigitScenes(split, DIGIT_SCENES[split], seed=seed, task="question")
-        per_scene = scenes.samples_per_scene
-        asked.append(freeze_samples([scenes[n * per_scene + n % per_scene] for n in range(scenes.num_scenes)], encode))
+    asked = [
+        freeze_samples(DigitScenes(split, DIGIT_SCENES[split], seed=seed, task="question").one_each(), encode)
+        for split in ("train", "heldout")
+    ]
     bank = fill_bank(pretrain, encode, seed, min(COMPRESSOR_STEPS, DIGITS["compressor_steps"]))
     return Study(pretrain, asked[0], asked[1], bank, parts.vision_tower, reader, parts.tokenizer, DIGITS)
 

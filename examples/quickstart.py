@@ -2,6 +2,7 @@ r"""The whole method on real handwriting, with its controls, in a few minutes on
 
     python examples/quickstart.py                  # one seed; results in runs/quickstart/report.html
     python examples/quickstart.py --seeds 3 --arms all
+    python examples/quickstart.py --reader binding # the same with a language model that reads better
 
 A small vision tower and a small language model are trained on the spot and frozen, a Perceiver compresses image-caption
 pairs into a memory bank, and connectors are trained once per arm from the same seed and the same batches: without
@@ -14,9 +15,7 @@ there and is worse than `tinyalign` held out. The last lines say what came out t
 from __future__ import annotations
 
 import argparse
-import base64
 import copy
-import html
 import json
 import logging
 import os
@@ -33,10 +32,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tinyalign.data import DigitScenes, Sample
+from tinyalign.data import DigitScenes
+from tinyalign.evaluation import page_figure, write_report
+from tinyalign.evaluation.plots import BETTER, GREY, WORSE
 from tinyalign.memory import AttentionPooledKey, MemoryBank, build_memory_bank, leakage_report
 from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignVLM
-from tinyalign.models.digit_parts import DigitParts, DigitRecipe, load_digit_parts, told_in_words
+from tinyalign.models.digit_parts import (
+    DigitParts,
+    DigitRecipe,
+    load_binding_reader,
+    load_digit_parts,
+    told_in_words,
+)
 from tinyalign.models.frozen import (
     FoundNeighbours,
     FrozenSamples,
@@ -46,13 +53,12 @@ from tinyalign.models.frozen import (
     freeze_samples,
     frozen_bank,
 )
-from tinyalign.models.frozen_training import fit_compressor, fit_frozen, score_frozen
-from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.models.frozen_training import SMALL_SIZES, fit_frozen, fit_small_compressor, score_frozen
+from tinyalign.perceiver import PerceiverCompressor
 from tinyalign.theory import NLLTable, delta_emi, effective_mutual_information
 
 BANK, TRAIN, HELDOUT = 10000, 512, 400  # scenes; no handwriting is shared between the three
 NEIGHBOURS = 5
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 COMPRESSOR_STEPS, STAGE_1_STEPS, STAGE_2_STEPS = 600, 400, 200
 BATCH = 16
 RATE_1, RATE_2 = 2e-3, 5e-4
@@ -87,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run")
     parser.add_argument("--seed", type=int, default=0, help="the first of them")
     parser.add_argument("--arms", choices=("default", "all"), default="default")
+    parser.add_argument("--reader", choices=("plain", "binding"), default="plain", help="which language model")
     parser.add_argument("--retrain", action="store_true", help="train tower and language model although cached")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, proves nothing")
@@ -95,6 +102,8 @@ def main() -> None:
     recipe = shrink() if args.smoke else DigitRecipe()
     started = time.perf_counter()
     parts = load_digit_parts(recipe, retrain=args.retrain, track=track)
+    if args.reader == "binding":
+        parts = parts._replace(language_model=load_binding_reader(recipe, retrain=args.retrain, track=track))
     arms = {**ARMS, **MORE_ARMS} if args.arms == "all" else ARMS
     args.output.mkdir(parents=True, exist_ok=True)
     runs, pictures = [], {}
@@ -102,10 +111,15 @@ def main() -> None:
         summary, drawn = run_seed(parts, arms, seed, args.output / f"bank-{seed}")
         runs.append(summary)
         pictures = pictures or drawn
-    report = {**runs[0], "seconds": time.perf_counter() - started, "runs": runs, "smoke": args.smoke}
-    report["reading"] = read_aloud(runs)
+    report = {**runs[0], "runs": runs, "reader": args.reader, "smoke": args.smoke}
+    report |= {"seconds": time.perf_counter() - started, "reading": read_aloud(runs)}
     (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_report(args.output, report, draw(args.output, pictures, runs[0]))
+    shown = {
+        "sentences": report["reading"],
+        "tables": tables_of(runs),
+        "pictures": draw(args.output, pictures, runs[0]),
+    }
+    write_report(args.output / "report.html", "Does retrieval align a small model better?", **shown)
     for summary in runs:
         console.print(as_table(summary))
     for sentence in report["reading"]:
@@ -118,16 +132,13 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
     # The compressor, trained without the language model, and the bank it fills.
     scenes = DigitScenes("memory", BANK, seed=seed)
     image_dim, vocab_size = parts.vision_tower.config.hidden_size, len(parts.tokenizer)
-    compressor = PerceiverCompressor(image_dim, vocab_size=vocab_size, sizes=SIZES, seed=seed)
+    compressor = PerceiverCompressor(image_dim, vocab_size=vocab_size, sizes=SMALL_SIZES, seed=seed)
     encode = SampleEncoder(
         PairEncoder(parts.vision_tower, compressor, AttentionPooledKey()), parts.image_processor, parts.tokenizer
     )
-    pretrainer = PerceiverPretrainer(
-        compressor, loss_weights=LossWeights(image=0.1, bag=0.3), mixed_captions=0.0, hidden_dim=64, seed=seed
-    )
     pairs = freeze_samples(scenes, encode)
     watch = partial(track, description=f"seed {seed}, compressor")
-    fit_compressor(pretrainer, pairs, encode, steps=COMPRESSOR_STEPS, seed=seed, track=watch)
+    fit_small_compressor(encode, pairs, steps=COMPRESSOR_STEPS, seed=seed, track=watch)
     build_memory_bank(
         scenes, encode, bank_path, batch_size=128, resume=False, fingerprint=encode.fingerprint(), progress=False
     )
@@ -140,7 +151,7 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
             DigitScenes("train", TRAIN, seed=seed),
             DigitScenes("heldout", HELDOUT, seed=seed),
             DigitScenes("train", TRAIN, seed=seed, task="question"),
-            one_question_each(DigitScenes("heldout", HELDOUT, seed=seed, task="question")),
+            DigitScenes("heldout", HELDOUT, seed=seed, task="question").one_each(),
         )
     )
     stage_1 = Task(train, heldout, ask_heldout, STAGE_1_STEPS, RATE_1)
@@ -204,12 +215,6 @@ def run_seed(parts: DigitParts, arms: dict[str, str], seed: int, bank_path: Path
         for sample, row in zip(heldout.samples[:6], near.neighbours.ids[:6].tolist(), strict=True)
     ]
     return summary, {"curves": curves, "sheet": sheet}
-
-
-def one_question_each(scenes: DigitScenes) -> list[Sample]:
-    """One question per scene, each kind equally often."""
-    per_scene = scenes.samples_per_scene
-    return [scenes[number * per_scene + number % per_scene] for number in range(scenes.num_scenes)]
 
 
 def fit(model: TinyAlignVLM, task: Task, found: Callable, seed: int, label: str) -> Outcome:
@@ -340,84 +345,53 @@ def facts_of(caption: str) -> set[str]:
 
 def draw(folder: Path, pictures: dict, summary: dict) -> list[Path]:
     """Loss curves, held-out bars, and a sheet of queries with their neighbours."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"  # reads on a white page and on a dark one
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), grey)
-    clear = {"figure.facecolor": "none", "axes.facecolor": "none"}
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, **clear, **colours})
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = page_figure(7, 4)
     window = max(1, min(25, STAGE_1_STEPS // 4))
     for name, curve in pictures["curves"].items():
         smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
         axes.plot(np.arange(len(smooth)) + window, smooth, label=name, lw=2.5 if name == "tinyalign" else 1.2)
     axes.set(xlabel="step", ylabel="training cross-entropy (nats per token)", yscale="log", title="Stage 1")
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=2, labelcolor=GREY)
     paths = [folder / "loss-curves.png"]
     figure.savefig(paths[-1])
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = page_figure(7, 4)
     names = list(summary["arms"])
     emi = [summary["arms"][name]["emi"] for name in names]
-    bar_colours = {"tinyalign": "tab:green", "baseline": "tab:gray", "self": "tab:red"}
+    colours = {"tinyalign": BETTER, "self": WORSE, "baseline": GREY}
     heights = [e["value"] for e in emi]
     bars = [[e["value"] - e["low"] for e in emi], [e["high"] - e["value"] for e in emi]]
-    axes.bar(
-        names,
-        heights,
-        yerr=bars,
-        capsize=4,
-        ecolor="#505050",
-        color=[bar_colours.get(name, "tab:blue") for name in names],
-    )
-    axes.axhline(summary["caption_entropy"], color=grey, ls=":", lw=1)
-    axes.set(
-        ylabel="EMI on held-out scenes (nats per caption)", title="Information used, of H(L) (dotted), 95 % intervals"
-    )
+    arms = [colours.get(name, "tab:blue") for name in names]
+    axes.bar(names, heights, yerr=bars, capsize=4, ecolor="#505050", color=arms)
+    axes.axhline(summary["caption_entropy"], color=GREY, ls=":", lw=1)
+    axes.set(ylabel="EMI on held-out scenes (nats per caption)")
+    axes.set_title("Information used, of H(L) (dotted), 95 % intervals")
     paths.append(folder / "heldout-emi.png")
     figure.savefig(paths[-1])
 
     sheet = pictures["sheet"]
-    figure, grid = plt.subplots(
-        len(sheet), len(sheet[0]), figsize=(11, 2.1 * len(sheet)), layout="constrained", facecolor="white"
-    )
-    for row, line in zip(grid, sheet, strict=True):
-        for place, (axes, (image, caption)) in enumerate(zip(row, line, strict=True)):
+    figure, grid = page_figure(11, 2.1 * len(sheet), rows=len(sheet), panels=len(sheet[0]), sides=())
+    figure.set_facecolor("white")
+    for line in sheet:
+        for place, (image, caption) in enumerate(line):
+            axes = grid.pop(0)
             axes.imshow(image)
-            axes.axis("off")
-            shared = facts_of(caption) & facts_of(line[0][1])
-            axes.set_title(
-                caption.replace(" and ", "\nand "), fontsize=8, color="black" if place == 0 or shared else "gray"
-            )
+            axes.set_axis_off()
+            colour = "black" if place == 0 or facts_of(caption) & facts_of(line[0][1]) else "gray"
+            axes.set_title(caption.replace(" and ", "\nand "), fontsize=8, color=colour)
     figure.suptitle("Held-out image (left) and its five neighbours in the bank", color="black")
     paths.append(folder / "neighbours.png")
     figure.savefig(paths[-1])
-    plt.close("all")
     return paths
 
 
-def write_report(folder: Path, report: dict, pictures: list[Path]) -> None:
-    """One file that needs nothing beside it."""
-    recorder = Console(record=True, width=118, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    for summary in report["runs"]:
-        recorder.print(as_table(summary))
-    tables = recorder.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    images = "".join(
-        f'<p><img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></p>'
-        for path in pictures
-    )
-    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report["reading"])
-    style = "body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-    style += "img{max-width:100%}pre{overflow:auto}"
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>TinyAlign quickstart</title><style>{style}</style><h1>Does retrieval align a small model better?</h1>"
-        f"<ul>{sentences}</ul>{tables}{images}</html>"
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+def tables_of(runs: list[dict]) -> str:
+    """The tables as HTML."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        recorder = Console(record=True, width=118, file=nowhere)
+        for summary in runs:
+            recorder.print(as_table(summary))
+        return recorder.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tinyalign.evaluation import (
     plot_arms,
     setting_name,
     write_csv,
+    write_report,
 )
 from tinyalign.theory import NLLTable
 
@@ -163,3 +165,39 @@ def test_a_figure_leaves_matplotlib_as_it_was_and_names_its_extra(monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"page_figure: matplotlib must be installed.* 'tinyalign-vlm\[plot\]'"):
         page_figure(3, 3)
+
+
+# A report
+
+
+def test_a_report_holds_its_pictures_and_takes_words_as_words(tmp_path: Path) -> None:
+    pixel = bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360000002000100ffff0300"
+        "0006000557bfabd40000000049454e44ae426082"
+    )
+    (tmp_path / 'a "curve".png').write_bytes(pixel)
+    page = write_report(
+        tmp_path / "report.html",
+        "Is 1 < 2?",
+        sentences=["<script>alert(1)</script>", "5 % & more"],
+        tables="<pre>kept</pre>",
+        pictures=[tmp_path / 'a "curve".png'],
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>Is 1 &lt; 2?</h1>" in text
+    assert "<script>" not in text
+    assert "<li>5 % &amp; more</li></ul><pre>kept</pre>" in text
+    assert 'alt="a &quot;curve&quot;"' in text
+    assert base64.b64encode(pixel).decode() in text
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        write_report(tmp_path / "report.html", "t", sentences=[], pictures=[tmp_path / "missing.png"])
+    assert page.read_text(encoding="utf-8") == text  # the old page stands
+
+
+def test_panels_are_given_row_by_row() -> None:
+    figure, panels = page_figure(4, 4, rows=2, panels=3)
+    places = [panel.get_subplotspec() for panel in panels]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        (r, c) for r in (0, 1) for c in range(3)
+    ]
+    assert figure.get_axes() == panels

@@ -176,6 +176,16 @@ class DigitScenes(Sequence[Sample]):
         turns = (Turn("user", f"<image>\n{asked}"), Turn("assistant", answer))
         return Sample(name, stable_id(name), stable_id(image_name), (Image.fromarray(scene.pixels),), turns)
 
+    def one_each(self) -> list[Sample]:
+        """One sample for each image, every kind of question equally often.
+
+        Example:
+            >>> [sample.turns[0].text.split()[1] for sample in DigitScenes("train", 4, task="question").one_each()]
+            ['what', 'which', 'what', 'which']
+        """
+        kinds = self.samples_per_scene
+        return [self[number * kinds + number % kinds] for number in range(self.num_scenes)]
+
     def scene(self, number: int) -> Scene:
         """Draw image ``number``: what is in it, and its pixels."""
         if not 0 <= number < self.num_scenes:

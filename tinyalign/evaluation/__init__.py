@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tinyalign.evaluation.asking import Answer, Asker, Question
     from tinyalign.evaluation.local_tasks import local_task
     from tinyalign.evaluation.plots import ArmRow, page_figure, plot_arms
+    from tinyalign.evaluation.report import write_report
     from tinyalign.evaluation.scores import exact_match, yes_no_scores
     from tinyalign.evaluation.studies import (
         KeptRuns,
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "plot_arms": "plots",
     "setting_name": "studies",
     "write_csv": "studies",
+    "write_report": "report",
     "yes_no_scores": "scores",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "plot_arms",
     "setting_name",
     "write_csv",
+    "write_report",
     "yes_no_scores",
 ]
 

@@ -25,17 +25,20 @@ class ArmRow(NamedTuple):
     relative: float
 
 
-def page_figure(width: float, height: float, *, panels: int = 1, sides: Sequence[str] = ("bottom", "left")) -> Any:
-    """Make a figure and its panels, side by side, without touching matplotlib's global state.
+def page_figure(
+    width: float, height: float, *, rows: int = 1, panels: int = 1, sides: Sequence[str] = ("bottom", "left")
+) -> Any:
+    """Make a figure and its panels without touching matplotlib's global state.
 
     Args:
         width: inches.
         height: inches.
-        panels: how many.
+        rows: of panels.
+        panels: how many side by side.
         sides: which edges of a panel are drawn.
 
     Returns:
-        the figure, whose ``savefig`` writes it, and the list of its axes.
+        the figure, whose ``savefig`` writes it, and the list of its axes, row by row.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -53,7 +56,7 @@ def page_figure(width: float, height: float, *, panels: int = 1, sides: Sequence
             "'tinyalign-vlm[plot]'"
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130, facecolor="none")
-    found = figure.subplots(1, panels, squeeze=False)[0].tolist()
+    found = figure.subplots(rows, panels, squeeze=False).ravel().tolist()
     for axes in found:
         axes.patch.set_alpha(0.0)
         axes.tick_params(colors=GREY)
