@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from tinyalign.data import prompt_renderer
 from tinyalign.models import ARMS, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training import (
     StageTrainer,
@@ -29,7 +30,6 @@ from tinyalign.training import (
     compose,
     open_memory,
     precision_dtype,
-    prompt_renderer,
     read_samples,
     shared_folder,
     stage_arguments,

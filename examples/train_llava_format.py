@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from tinyalign.data import prompt_renderer
 from tinyalign.models import ARMS, TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training import (
     MemoryFolder,
@@ -30,7 +31,6 @@ from tinyalign.training import (
     collator_for,
     compose,
     open_memory,
-    prompt_renderer,
     read_samples,
     shared_folder,
     stage_arguments,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyalign.data import Sample, Turn
+from tinyalign.data import Sample, Turn, prompt_renderer
 from tinyalign.memory import FingerprintMismatch
 from tinyalign.training import (
     TinyExperiment,
@@ -22,7 +22,6 @@ from tinyalign.training import (
     open_memory,
     precision,
     precision_dtype,
-    prompt_renderer,
     read_samples,
     shared_folder,
     stage_arguments,

@@ -4,7 +4,7 @@ from tinyalign.data.collate import ImageTextProcessor, LengthReport, LlavaCollat
 from tinyalign.data.digits import DigitScenes, Scene
 from tinyalign.data.export import write_llava
 from tinyalign.data.llava import LlavaDataset
-from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer
+from tinyalign.data.prompts import ChatRenderer, PlainRenderer, Rendered, Renderer, prompt_renderer
 from tinyalign.data.questions import answers_of, questions_of
 from tinyalign.data.records import IMAGE_PLACEHOLDER, Sample, Turn, load_image, stable_id
 from tinyalign.data.sampling import Draw, draw_records
@@ -34,6 +34,7 @@ __all__ = [
     "encode_text",
     "gather_rows",
     "load_image",
+    "prompt_renderer",
     "questions_of",
     "stable_id",
     "write_llava",

@@ -135,3 +135,23 @@ class PlainRenderer:
         else:
             text = head + answer + (getattr(self.tokenizer, "eos_token", None) or "\n")
         return Rendered(text, ((len(head), len(text)),) if answer else ())
+
+
+def prompt_renderer(form: str, tokenizer: Any) -> Renderer:
+    """Return the renderer of a prompt form, as a command line names it.
+
+    Args:
+        form: ``chat`` (the tokenizer's template, or USER and ASSISTANT) or ``plain`` (images and answers alone).
+        tokenizer: of the language model.
+
+    Raises:
+        ValueError: another form.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> prompt_renderer("plain", SimpleNamespace(eos_token="</s>")).__class__.__name__
+        'PlainRenderer'
+    """
+    if form not in ("chat", "plain"):
+        raise ValueError(f"prompt_renderer: form must be 'chat' or 'plain', got {form!r}. Choose one of them.")
+    return ChatRenderer(tokenizer) if form == "chat" else PlainRenderer(tokenizer)

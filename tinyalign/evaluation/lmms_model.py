@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tinyalign.data import IMAGE_PLACEHOLDER, ChatRenderer, PlainRenderer
+from tinyalign.data import IMAGE_PLACEHOLDER, prompt_renderer
 from tinyalign.evaluation.asking import Answer, Asker, Question
 from tinyalign.models import TinyAlignProcessor, TinyAlignVLM
 
@@ -69,7 +69,7 @@ class LmmsRequests:
             model = TinyAlignVLM.from_pretrained(pretrained, memory=bank, dtype=dtype)
             processor = TinyAlignProcessor.from_pretrained(pretrained)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        renderer = (ChatRenderer if prompt_form == "chat" else PlainRenderer)(processor.tokenizer)
+        renderer = prompt_renderer(prompt_form, processor.tokenizer)
         self.asker = Asker(model.to(where).eval(), processor, arm=retrieval, renderer=renderer)  # pyright: ignore[reportArgumentType]
         self.batch_size = int(batch_size)
         self.log_path = None if log_path is None else Path(log_path)

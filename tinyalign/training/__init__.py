@@ -1,6 +1,6 @@
 """What training scripts share: a trainer whose checkpoints survive, neighbours found once, parts by name."""
 
-from tinyalign.training.batches import collator_for, prompt_renderer
+from tinyalign.training.batches import collator_for
 from tinyalign.training.checkpoints import CheckpointError, last_whole_checkpoint, load_trained, save_trained
 from tinyalign.training.launch import accumulation_steps, precision, precision_dtype, shared_folder, stage_arguments
 from tinyalign.training.neighbours import NeighbourFeed, find_neighbours
@@ -27,7 +27,6 @@ __all__ = [
     "open_memory",
     "precision",
     "precision_dtype",
-    "prompt_renderer",
     "read_samples",
     "save_trained",
     "shared_folder",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tinyalign.data import ChatRenderer, LlavaCollator, PlainRenderer, Renderer, Sample
+from tinyalign.data import LlavaCollator, Renderer, Sample
 from tinyalign.models import TinyAlignProcessor, TinyAlignVLM
 from tinyalign.training.neighbours import NeighbourFeed, find_neighbours
 
@@ -44,23 +43,3 @@ def collator_for(
         )
         feed = NeighbourFeed(model.memory, arm, k=config.num_neighbours, seed=config.retrieval_seed, table=table)
     return LlavaCollator(processor, renderer=renderer, max_length=length, extra=feed)
-
-
-def prompt_renderer(form: str, tokenizer: Any) -> Renderer:
-    """Return the renderer of a prompt form, as a command line names it.
-
-    Args:
-        form: ``chat`` (the tokenizer's template, or USER and ASSISTANT) or ``plain`` (images and answers alone).
-        tokenizer: of the language model.
-
-    Raises:
-        ValueError: another form.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> prompt_renderer("plain", SimpleNamespace(eos_token="</s>")).__class__.__name__
-        'PlainRenderer'
-    """
-    if form not in ("chat", "plain"):
-        raise ValueError(f"prompt_renderer: form must be 'chat' or 'plain', got {form!r}. Choose one of them.")
-    return ChatRenderer(tokenizer) if form == "chat" else PlainRenderer(tokenizer)
