@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from tinyalign.theory import conditional_ksg, knn_entropy, ksg, mixed_ksg, ross
+from tinyalign.theory.copula import normal_scores
 from tinyalign.theory.neighbours import neighbour_interval, subset_interval
 
 
@@ -19,7 +20,7 @@ def terms(n: int, growth: float = 0.0, power: float = 0.5):  # type: ignore[no-u
 def test_the_error_pools_the_terms_with_disjoint_subsets() -> None:
     local = terms(1000)
     _, spread = neighbour_interval(local, 1000, 4, 0.95)
-    of_terms = 1.2 * local(np.arange(1000), [4])[0].std(ddof=1) / np.sqrt(1000)
+    of_terms = 1.27 * local(np.arange(1000), [4])[0].std(ddof=1) / np.sqrt(1000)
     of_subsets, quantile = subset_interval(lambda rows: local(rows, [4])[0].mean(), 1000, 4, 0.95, subsets=8)
     assert quantile == pytest.approx(stats.t.ppf(0.975, 7))
     assert spread.error == pytest.approx(np.sqrt((30 * of_terms**2 + 7 * of_subsets**2) / 37))
@@ -27,7 +28,7 @@ def test_the_error_pools_the_terms_with_disjoint_subsets() -> None:
     assert not spread.warnings
     few = terms(100)
     _, alone = neighbour_interval(few, 100, 4, 0.95)  # no subset would hold 125
-    assert alone.error == pytest.approx(1.2 * few(np.arange(100), [4])[0].std(ddof=1) / 10)
+    assert alone.error == pytest.approx(1.27 * few(np.arange(100), [4])[0].std(ddof=1) / 10)
 
 
 def test_subsets_have_the_spread_of_their_means() -> None:
@@ -82,7 +83,32 @@ def test_pairs_that_repeat_share_no_noise_of_neighbours() -> None:
     """Below 300 samples no subset is large enough, so the error is that of the terms alone."""
     rng = np.random.default_rng(0)
     apart, atoms = rng.normal(size=(2, 100)), rng.integers(0, 2, (2, 100)).astype(float)
-    for sides, factor in ((apart, 1.2), (atoms, 1.0)):
+    for sides, factor in ((apart, 1.27), (atoms, 1.0)):
         result = mixed_ksg(*sides)
         assert result.samples is not None
         assert result.std_error == pytest.approx(factor * result.samples.std(ddof=1) / 10)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_error_of_an_entropy_is_that_of_repeated_draws(width: int) -> None:
+    """Even noise has no log-density that varies, a lognormal little else: 120 repetitions know a spread to 7 %."""
+    for draw in (lambda rng, size: rng.uniform(size=size), lambda rng, size: np.exp(rng.normal(size=size))):
+        found = [knn_entropy(draw(np.random.default_rng(seed), (400, width))) for seed in range(120)]
+        spread = np.std([result.value for result in found])
+        assert np.sqrt(np.mean([result.std_error**2 for result in found])) == pytest.approx(spread, rel=0.21)
+
+
+def test_margins_that_bias_neighbours_are_said_and_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    x, e = rng.normal(size=(2, 800))
+    y = 0.6 * x + 0.8 * e
+    truth = -0.5 * np.log(1 - 0.36)
+    plain, bent = ksg(x, y), ksg(np.exp(2.5 * x), np.exp(2.5 * y))
+    assert not plain.warnings
+    assert bent.warned("bias")
+    assert "on ranks find +" in bent.warnings[-1]
+    assert bent.value < plain.value - 0.03
+    assert bent.low <= truth <= bent.high
+    moved = ksg(normal_scores(x[:, None]), normal_scores(y[:, None])).value - bent.value
+    assert f"{moved:+.3f}" in bent.warnings[-1]
+    assert ksg(x, y[:, None] + np.zeros((800, 3)) + 1e-3 * rng.normal(size=(800, 3))).warned("dimension")

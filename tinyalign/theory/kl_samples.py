@@ -276,8 +276,8 @@ def _looks_normal(x: FloatArray, law: _Normal) -> bool:
     kurtosis = abs(float((radius**2).mean()) - width * (width + 2)) / math.sqrt(8 * width * (width + 2) / n)
     skew = np.abs((z**3).mean(axis=0)).max() / math.sqrt(6.0 / n)
     tails = np.abs((z**4).mean(axis=0) - 3).max() / math.sqrt(24.0 / n)
-    limit = 3.5 + 0.5 * math.log(width)
-    return bool(kurtosis < limit and skew < limit and tails < limit + 0.5)
+    limit = 2.8 + 0.5 * math.log(width)
+    return bool(kurtosis < limit and skew < limit and tails < limit + 0.2)
 
 
 def _closed_interval(value: float, p: _Normal, q: _Normal, level: float) -> tuple[float, float, float]:

@@ -14,18 +14,27 @@ from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]
 
 from tinyalign.theory.counting import TREE_DIMENSIONS, chebyshev_tree, distance_blocks
 
-__all__ = ["SHARED", "Spread", "kth_distance", "kth_distances", "neighbour_interval", "subset_interval"]
+__all__ = [
+    "BIASED",
+    "CLEAR",
+    "SHARED",
+    "Spread",
+    "kth_distance",
+    "kth_distances",
+    "neighbour_interval",
+    "subset_interval",
+]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-# Neighbouring samples share neighbours, so a mean of their terms varies more than if they were independent: 1.1 to 1.3
+# Neighbouring samples share neighbours, so a mean of their terms varies more than if they were independent: 1.2 to 1.4
 # times over smooth and edged laws of 1 to 4 columns (benchmarks/interval_coverage.py).
-SHARED = 1.2
+SHARED = 1.27
 _TERMS_FREEDOM = 30  # degrees of freedom that the spread of the terms is worth beside that over subsets
 _SUBSET = 25  # samples a neighbour that a subset needs: smaller ones vary less than 1 / n says
 _WIDE = 16  # times as many neighbours, and at most a part of n by it, show a bias
-_CLEAR = 2.0  # standard errors of what they change
-_BIASED = 0.25  # standard errors of the estimate
+CLEAR = 2.0  # standard errors of what they change
+BIASED = 0.25  # standard errors of the estimate
 
 
 def kth_distance(points: FloatArray, k: int, queries: FloatArray | None = None) -> FloatArray:
@@ -116,8 +125,9 @@ class Spread(NamedTuple):
 
 
 def neighbour_interval(
-    local: Callable[[IntArray, list[int]], list[FloatArray]], n: int, k: int, level: float, *, shared: float = SHARED
-) -> tuple[FloatArray, Spread]:
+    local: Callable[[IntArray, list[int]], list[FloatArray]], n: int, k: int, level: float, *, shared: float = SHARED,
+    added: float = 0.0,
+) -> tuple[FloatArray, Spread]:  # fmt: skip
     """Terms of a nearest-neighbour estimate, its standard error and its interval.
 
     The error is that of the mean of the terms, pooled with the spread over disjoint subsets where these are large
@@ -130,6 +140,7 @@ def neighbour_interval(
         k: which neighbour.
         level: nominal coverage.
         shared: by how much sharing neighbours raises the error of the mean.
+        added: what it adds to the variance of a term.
 
     Source:
         Holmes and Nemenman 2019, arXiv 1903.09280, for the subsets and for comparing neighbours.
@@ -138,7 +149,7 @@ def neighbour_interval(
     middle = round(math.sqrt(k * wide))
     terms, *coarse = local(np.arange(n), [k, middle, wide] if k < middle < wide else [k])
     count = len(terms)
-    error = shared * float(terms.std(ddof=1)) / math.sqrt(count)
+    error = shared * math.sqrt((float(terms.var(ddof=1)) + added) / count)
     freedom = float(_TERMS_FREEDOM)
     if n >= 3 * _SUBSET * (k + 1):
         parts = min(10, n // (_SUBSET * (k + 1)))
@@ -152,7 +163,7 @@ def neighbour_interval(
     drift = float(apart.mean())
     # At sharp edges the bias grows with the root of k, elsewhere faster.
     bias = drift / (math.sqrt(wide / k) - math.sqrt(middle / k))
-    if abs(drift) <= _CLEAR * SHARED * float(apart.std()) / math.sqrt(count) or abs(bias) < _BIASED * error:
+    if abs(drift) <= CLEAR * SHARED * float(apart.std()) / math.sqrt(count) or abs(bias) < BIASED * error:
         return terms, Spread(error, half, ())
     line = (
         f"bias: the estimate moves by {-drift:+.3f} nats from k = {middle} to {wide}; edges, strong dependence or "
