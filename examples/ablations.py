@@ -115,7 +115,7 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
         "other pairs in the bank": METHOD, "own pairs too, excluded": Cell(own_pairs=True),
         "own pairs too, not excluded": Cell(arm="self", own_pairs=True), "no bank": BASELINE,
     }),
-    "reader": ("How well the language model reads, and how many pairs there are", {
+    "reader": ("The language model, and how many pairs it is aligned with", {
         f"{reader}, {TRAIN if pairs == FULL else pairs} pairs, {arm}": Cell(arm=arm, reader=reader, pairs=pairs)
         for reader in ("plain", "binding") for pairs in (64, 128, FULL) for arm in ("off", "bank", "shuffled")
     }),
@@ -140,7 +140,8 @@ def main() -> None:
         found = [summarise(label, cell, kept, args.seeds) for label, cell in cells.items()]
         rows = [row for row, _ in found]
         write_csv(args.output / f"{name}.csv", rows)
-        plot_arms(args.output / f"{name}.png", title, [bar for _, bar in found], xlabel=XLABEL)
+        alike = len({cell.baseline() for cell in cells.values()}) == 1
+        plot_arms(args.output / f"{name}.png", title, [bar for _, bar in found], xlabel=XLABEL, one_baseline=alike)
         said = markdown_table([in_words(row) for row in rows])
         (args.output / f"{name}.md").write_text(said, encoding="utf-8")
         console.print(f"[bold]{title}[/]: held-out nats per token; intervals over scenes, 95 %", Markdown(said))

@@ -149,6 +149,8 @@ def test_the_picture_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest
     assert lines[-1][0][0] == pytest.approx(0.32)
     assert [text.get_text() for text in axes.texts] == ["+25.0%", "-22.0%", "+0.0%"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "bank", "off"]
+    plot_arms(tmp_path / "several.png", "Arms", rows, xlabel="nats", one_baseline=False)
+    assert len(made[1][1][0].lines) == len(lines) - 1
     from PIL import Image
 
     with Image.open(path) as picture:

@@ -68,7 +68,7 @@ def page_figure(
     return figure, found
 
 
-def plot_arms(path: str | Path, title: str, rows: Sequence[ArmRow], *, xlabel: str) -> Path:
+def plot_arms(path: str | Path, title: str, rows: Sequence[ArmRow], *, xlabel: str, one_baseline: bool = True) -> Path:
     """Draw what was measured in each arm or cell: a dot per seed, a bar at their mean, a line for the interval.
 
     Args:
@@ -76,6 +76,7 @@ def plot_arms(path: str | Path, title: str, rows: Sequence[ArmRow], *, xlabel: s
         title: above it.
         rows: from top to bottom; the change to the baseline is written beside each.
         xlabel: what the values are, and of what the interval is.
+        one_baseline: whether all rows are compared with the same, which is then a dotted line.
 
     Raises:
         ValueError: no rows.
@@ -98,9 +99,9 @@ def plot_arms(path: str | Path, title: str, rows: Sequence[ArmRow], *, xlabel: s
         axes.plot([mean, mean], [place - 0.28, place + 0.28], color=colour, lw=3)
         at = {"xy": (1.01, place), "xycoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate(f"{row.relative:+.1%}", **at, color=GREY, fontsize=8)
-    first = rows[0]
-    baseline = sum(first.values) / len(first.values) / (1 + first.relative)
-    axes.axvline(baseline, color=GREY, ls=":", lw=1)
+    if one_baseline:
+        first = rows[0]
+        axes.axvline(sum(first.values) / len(first.values) / (1 + first.relative), color=GREY, ls=":", lw=1)
     axes.set_yticks(range(len(rows) - 1, -1, -1), [row.label for row in rows])
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_title(title, loc="left", fontsize=11, color=GREY)
