@@ -41,6 +41,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if not blocks:
         return
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYALIGN_CACHE", str(tmp_path))
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
