@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -49,18 +50,15 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     return best * 1e3
 
 
-def cost(run: Callable[[Tensor], Any], inputs: list[Tensor], *, hold: bool) -> tuple[float, ...]:
+def cost(run: Callable[[Tensor], Any], inputs: list[Tensor]) -> tuple[float, ...]:
     """CPU ms, those of the user and of the system, and page faults; mean over ``inputs`` after as many to warm up.
 
-    With ``hold``, each result lives until the next one is there.
+    Each result lives until the next one is there, as in a training loop.
     """
-    result = None
     for one in inputs:
         result = run(one)
     before = resource.getrusage(resource.RUSAGE_SELF)
     for one in inputs:
-        if not hold:
-            result = None
         result = run(one)
     after = resource.getrusage(resource.RUSAGE_SELF)
     del result
@@ -183,17 +181,39 @@ def drop_cache(folder: Path) -> None:
         os.close(handle)
 
 
-def in_one_piece(table: Tensor, room: Tensor, at: Tensor) -> Tensor:
-    return room.copy_(table[int(at) : int(at) + len(room)])
+GATHERS = (
+    "the release's loop over fp32, to fp16",
+    "MemoryBank, mapped",
+    "torch: index_select of the rows",
+    "limit: into memory that is there",
+    "limit: rows fetched ahead (fbgemm)",
+    "limit: as many rows in one piece",
+)
 
 
-def rows_of(table: Tensor, room: Tensor, rows: Tensor) -> Tensor:
-    return torch.index_select(table, 0, rows.reshape(-1), out=room)
+def warm_gather(folder: Path, batch: int, name: str) -> tuple[float, ...]:
+    """What one way costs in a process that does nothing else."""
+    torch.set_num_threads(1)
+    bank = MemoryBank.load(folder)
+    raw = bank._contents.table.segments[0].columns.values
+    room = torch.empty(batch * K, raw.shape[1], dtype=raw.dtype)
+    loaded = raw.float().reshape(-1, 1, *SHAPE) if name == GATHERS[0] else raw
+    generator = torch.Generator().manual_seed(2)
+    draws = [torch.randint(len(raw), (batch, K), generator=generator) for _ in range(40)]
 
+    def naive(ids: Tensor) -> Tensor:
+        """As the paper's release does: values one by one by faiss's row numbers, joined per query, then per batch."""
+        return torch.cat([torch.cat([loaded[row] for row in rows], dim=1) for rows in ids.numpy()]).half()
 
-def bags_of(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows by way of an embedding's sums, of one row each: its kernel prefetches."""
-    return F.embedding_bag(rows.reshape(-1, 1), table, mode="sum")
+    runs: tuple[Callable[[Tensor], Any], ...] = (
+        naive,
+        bank.gather,
+        lambda ids: raw.index_select(0, ids.reshape(-1)),
+        lambda ids: torch.index_select(raw, 0, ids.reshape(-1), out=room),
+        lambda ids: F.embedding_bag(ids.reshape(-1, 1), raw, mode="sum"),  # sums of one row each: it prefetches
+        lambda ids: room.copy_(raw.narrow(0, int(ids[0, 0]) % (len(raw) - len(room)), len(room))),
+    )
+    return min(cost(runs[GATHERS.index(name)], draws) for _ in range(5))
 
 
 def gather(folder: Path, count: int) -> None:
@@ -214,32 +234,13 @@ def gather(folder: Path, count: int) -> None:
         drop_cache(folder)  # what was read page by page stays in small pages
     for path in folder.rglob("values.bin"):
         path.read_bytes()
-    bank = MemoryBank.load(folder)
-    loaded = bank.gather(bank.ids)[0].float()[:, None]
-    raw = bank._contents.table.segments[0].columns.values
-
-    def naive(ids: Tensor) -> Tensor:
-        """As the paper's release does: values one by one by faiss's row numbers, joined per query, then per batch."""
-        return torch.cat([torch.cat([loaded[row] for row in rows], dim=1) for rows in ids.numpy()]).half()
-
-    for batch, hold in ((16, True), (256, False), (256, True)):
-        draws = [torch.randint(count, (batch, K), generator=generator) for _ in range(40)]
-        room = torch.empty(batch * K, raw.shape[1], dtype=raw.dtype)
-        starts = [torch.randint(max(count - batch * K, 1), (), generator=generator) for _ in draws]
-        runs: list[tuple[str, Callable[[Tensor], Any], list[Tensor]]] = [
-            ("the release's loop over fp32, to fp16", naive, draws),
-            ("MemoryBank, mapped", bank.gather, draws),
-            ("torch: index_select of the rows", lambda ids: raw.index_select(0, ids.reshape(-1)), draws),
-            ("limit: into memory that is there", partial(rows_of, raw, room), draws),
-            ("limit: rows fetched ahead (fbgemm)", partial(bags_of, raw), draws),
-            ("limit: as many rows in one piece", partial(in_one_piece, raw, room), starts),
-        ]
-        print(f"  warm, batch {batch}, the last result " + ("held as in a training loop" if hold else "dropped first"))
-        line("", "CPU ms", "user", "system", "faults", "times less")
+    for batch in (16, 256):
+        line(f"warm, batch {batch}", "CPU ms", "user", "system", "faults", "times less")
         loop = math.nan
-        for name, run, inputs in runs:
-            spent, *split, faults = min(cost(run, inputs, hold=hold) for _ in range(3))
-            loop = spent if math.isnan(loop) else loop
+        for name in GATHERS:
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                spent, *split, faults = process.apply(warm_gather, (folder, batch, name))
+            loop = spent if name == GATHERS[0] else loop
             line(name, *(f"{x:.3f}" for x in (spent, *split)), f"{faults:.0f}", f"{loop / spent:.1f}")
 
 
