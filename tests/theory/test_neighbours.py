@@ -112,3 +112,15 @@ def test_margins_that_bias_neighbours_are_said_and_widen_the_interval() -> None:
     moved = ksg(normal_scores(x[:, None]), normal_scores(y[:, None])).value - bent.value
     assert f"{moved:+.3f}" in bent.warnings[-1]
     assert ksg(x, y[:, None] + np.zeros((800, 3)) + 1e-3 * rng.normal(size=(800, 3))).warned("dimension")
+
+
+def test_few_samples_and_two_columns_of_them_are_said() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 500))
+    for estimator in (ksg, mixed_ksg):
+        assert estimator(x[:499], y[:499]).warned("small")
+        assert not estimator(x, y).warned("small")
+    wide = rng.normal(size=(1000, 2))
+    assert knn_entropy(wide[:999]).warned("dimension")
+    assert not knn_entropy(wide).warned("dimension")
+    assert not knn_entropy(wide[:300, :1]).warned("dimension")

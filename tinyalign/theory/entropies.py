@@ -23,6 +23,7 @@ DISCRETE_METHODS = ("plugin", "miller_madow", "grassberger", "chao_shen")
 _BIASED = 0.2  # standard errors of bias that cost the interval about one of its 95 %
 _FEW = 10  # samples an outcome, below which the standard error is too small as well
 _BIASED_DIMENSIONS = 2
+_MANY = 1000  # samples in two dimensions, from which a bias shows where it is more than the noise
 _SHARING = 0.8  # of the noise of neighbours: what sharing them adds to its variance, over laws of 1 and 2 columns
 
 
@@ -240,7 +241,7 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
         added=_SHARING * float(polygamma(1, k)),
     )  # fmt: skip
     value = float(local.mean())
-    if points.shape[1] > _BIASED_DIMENSIONS:
+    if points.shape[1] > (_BIASED_DIMENSIONS if len(points) >= _MANY else 1):
         warnings += (
             f"dimension: {points.shape[1]} dimensions; nearest neighbours are biased at this sample size, and the "
             "interval does not hold all of it",
