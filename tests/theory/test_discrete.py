@@ -237,7 +237,7 @@ def test_repeated_and_many_columns_are_warned_of() -> None:
     rng = np.random.default_rng(0)
     assert knn_entropy(np.round(rng.normal(size=500), 1)).warned("ties")
     for width in (1, 2, 3, 8):
-        assert knn_entropy(rng.normal(size=(300, width))).warned("dimension") == (width > 2)
+        assert knn_entropy(rng.normal(size=(1000, width))).warned("dimension") == (width > 2)
     constant = knn_entropy(np.zeros(50))
     assert constant.value == -np.inf
     assert constant.warned("constant")
