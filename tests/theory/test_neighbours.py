@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tinyalign.theory import conditional_ksg, knn_entropy, ksg, mixed_ksg, ross
+from tinyalign.theory import conditional_ksg, knn_entropy, ksg, mixed_ksg, mutual_information, ross
 from tinyalign.theory.copula import normal_scores
 from tinyalign.theory.neighbours import neighbour_interval, subset_interval
 
@@ -124,3 +124,15 @@ def test_few_samples_and_two_columns_of_them_are_said() -> None:
     assert knn_entropy(wide[:999]).warned("dimension")
     assert not knn_entropy(wide).warned("dimension")
     assert not knn_entropy(wide[:300, :1]).warned("dimension")
+
+
+def test_a_constant_label_has_no_information_and_no_bias_to_speak_of() -> None:
+    result = mutual_information(np.random.default_rng(0).normal(size=600), np.ones(600, dtype=int))
+    assert (result.value, result.low, result.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-9)
+    assert not result.warnings
+
+
+@pytest.mark.parametrize("method", ["auto", "ksg", "copula"])
+def test_empty_samples_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=r"x must (hold|have) .*got"):
+        mutual_information([], [], method=method)

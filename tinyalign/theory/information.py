@@ -125,6 +125,8 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
 def _kind(values: Any) -> str:
     """Return "label", "continuous" or "tied" (floats of which many repeat)."""
     array = as_numpy(values)
+    if not array.size:
+        return "continuous"  # and refused where it is read
     if array.dtype.kind != "f":
         return "label"
     flat = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)

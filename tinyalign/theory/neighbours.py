@@ -163,7 +163,7 @@ def neighbour_interval(
     drift = float(apart.mean())
     # At sharp edges the bias grows with the root of k, elsewhere faster.
     bias = drift / (math.sqrt(wide / k) - math.sqrt(middle / k))
-    if abs(drift) <= CLEAR * SHARED * float(apart.std()) / math.sqrt(count) or abs(bias) < BIASED * error:
+    if abs(drift) <= CLEAR * SHARED * float(apart.std()) / math.sqrt(count) or abs(bias) < max(BIASED * error, 1e-9):
         return terms, Spread(error, half, ())
     line = (
         f"bias: the estimate moves by {-drift:+.3f} nats from k = {middle} to {wide}; edges, strong dependence or "
