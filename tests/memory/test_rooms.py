@@ -106,6 +106,25 @@ def test_gathered_values_stay_as_they_were(tmp_path, value_dtype):
     assert len(places) <= MOST
 
 
+class Gathered(torch.utils.data.Dataset):
+    def __init__(self):
+        self.bank = MemoryBank(2, (32, 96))
+        self.bank.add(torch.ones(64, 2), torch.arange(64)[:, None, None].expand(64, 32, 96).float())
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        ids = torch.randint(64, (40,), generator=torch.Generator().manual_seed(index))
+        return ids, self.bank.gather(ids)[0]
+
+
+def test_results_reach_another_process_whole():
+    for ids, values in list(torch.utils.data.DataLoader(Gathered(), batch_size=None, num_workers=1)):
+        assert torch.equal(values.amax((1, 2)).long(), ids)
+        assert torch.equal(values.amin((1, 2)).long(), ids)
+
+
 def test_threads_never_share_memory():
     bank = MemoryBank(2, (32, 96))
     bank.add(torch.ones(64, 2), torch.arange(64)[:, None, None].expand(64, 32, 96).float())
