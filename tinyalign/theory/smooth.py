@@ -108,7 +108,10 @@ def rank_departure(law: EllipticalCopula) -> tuple[float, bool]:
     small = law.leading(_PAIRS)
     n, s = law.n, small.split
     pairs = min(s, len(small.correlation) - s)
-    full = law.leading(max(law.split, len(law.correlation) - law.split)).points if math.isfinite(law.freedom) else None
+    full = None
+    if math.isfinite(law.freedom):
+        cut = len(small.correlation) < len(law.correlation)
+        full = law.leading(len(law.correlation)).points if cut else small.points
     orders = np.arange(1, _ORDERS + 1)
     used = (orders[:, None] * orders <= _ORDERS) & (orders[:, None] * orders > 1)
     count, worst = int(used.sum()), -math.inf
