@@ -381,3 +381,13 @@ def test_labels_that_features_nearly_determine_are_said_to_be() -> None:
         result = classifier_information(rng.normal(size=1000) + apart * (2 * labels - 1), labels)
         assert result.warned("saturated") is said
         assert mutual_information(rng.normal(size=1000) + apart * (2 * labels - 1), labels).warned("saturated") is said
+
+
+@pytest.mark.parametrize(("rho", "n"), [(0.9, 300), (0.97, 300), (0.97, 1000)])
+def test_ranks_lose_nothing_of_a_strong_correlation_on_average(rho: float, n: int) -> None:
+    """150 draws know the mean to 1 / sqrt(150) of a spread of about rho / sqrt(n); three of these."""
+    values = []
+    for seed in range(150):
+        x, e = np.random.default_rng(seed).normal(size=(2, n))
+        values.append(mutual_information(x, rho * x + np.sqrt(1 - rho**2) * e, method="copula").value)
+    assert np.mean(values) == pytest.approx(-0.5 * np.log(1 - rho**2), abs=3 * rho / np.sqrt(150 * n))
