@@ -2,7 +2,7 @@ r"""The whole method on real handwriting, with its controls, in a few minutes on
 
     python examples/quickstart.py                  # one seed; results in runs/quickstart/report.html
     python examples/quickstart.py --seeds 3 --arms all
-    python examples/quickstart.py --reader binding # the same with a language model that reads better
+    python examples/quickstart.py --reader binding # a language model that reads better: expect no gain of retrieval
 
 A small vision tower and a small language model are trained on the spot and frozen, a Perceiver compresses image-caption
 pairs into a memory bank, and connectors are trained once per arm from the same seed and the same batches: without
