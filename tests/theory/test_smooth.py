@@ -165,7 +165,7 @@ def test_extrapolation_recovers_a_power_law_and_leaves_a_flat_one() -> None:
 @pytest.mark.parametrize("n", [1001, 4000])
 def test_students_quantiles_between_the_nodes(freedom: float, n: int) -> None:
     exact = stdtrit(freedom, (np.arange(n) + 0.5) / n)
-    np.testing.assert_allclose(np.arcsinh(_student_quantiles(n, freedom)), np.arcsinh(exact), atol=2e-5)
+    np.testing.assert_allclose(np.arcsinh(_student_quantiles(n, freedom)), np.arcsinh(exact), atol=5e-5)
 
 
 def test_the_top_of_a_parabola() -> None:
