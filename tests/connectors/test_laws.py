@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyalign.connectors import MLPConnector, RAGConnector
@@ -19,7 +19,6 @@ def some_mask(seed, rows, items):
     return drawn(seed + 77, rows, items) < 0.3
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=3))
 def test_the_mlp_maps_every_token_alone(seed, depth, leading):
     connector = MLPConnector(5, 7, depth=depth).double()
@@ -33,7 +32,6 @@ def test_the_mlp_maps_every_token_alone(seed, depth, leading):
     assert torch.equal(again(features), tokens)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.booleans())
 def test_unpooled_tokens_follow_their_items(seed, rows, items, latents, gate):
     connector = RAGConnector(6, 8, gate=gate).double()
@@ -52,7 +50,6 @@ def test_unpooled_tokens_follow_their_items(seed, rows, items, latents, gate):
     torch.testing.assert_close(scaled, tokens, atol=1e-4, rtol=1e-4)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.booleans())
 def test_pooled_tokens_ignore_the_order_of_items_and_those_not_found(seed, rows, items, latents, num_tokens, gate):
     connector = RAGConnector(6, 8, num_tokens=num_tokens, gate=gate).double()

@@ -12,7 +12,7 @@ from torch import nn
 from tinyalign.connectors import MLPConnector
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(depth=st.integers(1, 4), leading=st.lists(st.integers(0, 3), max_size=3))
 def test_equals_a_chain_of_matrix_products(depth, leading):
     connector = MLPConnector(5, 7, depth=depth).double()

@@ -15,7 +15,7 @@ def normalised(latent: torch.Tensor) -> torch.Tensor:
     return (latent - latent.mean()) / (latent.var(unbiased=False) + 1e-5).sqrt()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(B=st.integers(1, 3), K=st.integers(1, 4), L=st.integers(1, 3), data=st.data())
 def test_equals_a_loop_over_rows_items_and_latents(B, K, L, data):
     mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=K, max_size=K), min_size=B, max_size=B)))

@@ -19,7 +19,7 @@ IDS = [f"record {n}" for n in range(60)]
 
 
 @given(st.integers(0, 5), st.integers(1, 70), st.integers(1, 70), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_draw_is_nested_and_does_not_depend_on_the_order(seed: int, n: int, m: int, random: Any) -> None:
     small, large = sorted((n, m))
     assert set(draw_records(IDS, small, seed=seed).indices) <= set(draw_records(IDS, large, seed=seed).indices)

@@ -52,7 +52,7 @@ def test_a_finished_run_is_found_again_under_its_setting_alone(tmp_path: Path) -
     assert again.get(cell={"arm": "bank", "k": 10}, seed=1) is None
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cut=st.integers(1, 40))
 def test_a_line_that_a_kill_cut_off_costs_its_run_alone(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("runs") / "runs.jsonl"

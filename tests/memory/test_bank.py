@@ -185,7 +185,7 @@ def test_adding_does_not_keep_the_callers_tensors():
     assert (bank.gather(torch.tensor([4, 5]))[0] == 1).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=40))
 def test_a_bank_behaves_as_a_dict(steps):
     bank, model = MemoryBank(3, (1,), metric="ip", key_dtype=torch.float32, value_dtype=torch.float32), {}

@@ -83,7 +83,7 @@ def test_every_row_is_scored_where_the_proof_fails(monkeypatch):
     assert 5 <= bank._contents.certified.fallbacks <= 9  # one each
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([1e-3, 0.1, 1.0, 30.0]), st.sampled_from([0.0, 1.0, 100.0]))
 def test_no_score_exceeds_its_bound(seed, spread, mean):
     generator = torch.Generator().manual_seed(seed)

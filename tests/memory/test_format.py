@@ -69,7 +69,7 @@ def exercise(path):
     return problem
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_manifest_of_any_content_is_refused_or_harmless(tmp_path_factory, edited, data):
     path = tmp_path_factory.mktemp("fuzz") / "bank"

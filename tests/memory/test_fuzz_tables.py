@@ -37,7 +37,7 @@ def exercise(path, bank):
     return None
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_facts_of_any_content_are_refused_or_harmless(made, tmp_path_factory, edited, data):
     bank, source = made

@@ -203,6 +203,6 @@ def content(bank):
 
 
 BankMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
 TestBank = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(BankMachine.TestCase)

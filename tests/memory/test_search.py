@@ -58,7 +58,7 @@ def test_best_of_looks_at_every_column():
     assert torch.equal(at, expected.indices[:, :3])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     keys=hnp.arrays("float32", st.tuples(st.integers(1, 30), st.just(4)), elements=st.integers(-8, 8).map(float)),
     queries=hnp.arrays("float32", st.tuples(st.integers(1, 5), st.just(4)), elements=st.integers(-8, 8).map(float)),

@@ -174,7 +174,7 @@ def test_a_query_of_ones_own_sees_no_answer() -> None:
     assert asked["pixel_values"] is batch["pixel_values"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=6, max_size=6), min_size=1, max_size=3), st.integers(0, 6))
 def test_the_instruction_is_what_stands_before_the_answer(rows: list[list[int]], start: int) -> None:
     """0 padding, 3 an image, 4 retrieval; a walk over each row is the reference."""

@@ -111,7 +111,7 @@ def test_every_tower_costs_what_is_counted_up_to_its_layer(tower: str, swiglu: b
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 def test_any_shape_costs_what_is_counted(data: st.DataObject) -> None:
     draw = data.draw
     config = build(

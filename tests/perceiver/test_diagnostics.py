@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
@@ -57,7 +57,6 @@ def test_columns_that_never_change_are_left_out():
     torch.testing.assert_close(RidgeProbe(with_constant, targets)(fresh), RidgeProbe(inputs, targets)(inputs))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
 def test_area_under_roc_equals_scikit_learn(rows):
     scores, labels = torch.tensor([s for s, _ in rows]), torch.tensor([label for _, label in rows])

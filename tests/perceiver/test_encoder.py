@@ -43,7 +43,7 @@ def hf_forward(encoder, latents, inputs, mask):
         return encoder(hidden, inputs=inputs, inputs_mask=additive).last_hidden_state
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 4),
     length=st.integers(1, 70),

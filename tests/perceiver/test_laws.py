@@ -30,7 +30,7 @@ def loud(module, seed):
     return module.eval()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.sampled_from(["sdpa", "reference"]))
 def test_attention_ignores_the_order_of_keys_and_what_is_common_to_all_scores(seed, batch, heads, keys, backend):
     q, k, v = (drawn(seed + i, batch, heads, n, 4) for i, n in enumerate((3, keys, keys)))
@@ -47,7 +47,7 @@ def test_attention_ignores_the_order_of_keys_and_what_is_common_to_all_scores(se
     assert (whole.abs().amax() <= v.abs().amax() + 1e-12).item()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(0, 3), st.integers(0, 2))
 def test_the_encoder_ignores_order_padding_and_other_rows(seed, batch, length, padding, num_blocks):
     encoder = PerceiverEncoder(
@@ -65,7 +65,7 @@ def test_the_encoder_ignores_order_padding_and_other_rows(seed, batch, length, p
     torch.testing.assert_close(encoder(padded, torch.arange(length + padding).expand(batch, -1) < length), whole)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seeds,
     st.sampled_from(["balanced", "joint"]),
@@ -94,7 +94,7 @@ def test_a_value_is_that_of_its_own_patches_and_words(seed, fusion, embedded, le
     torch.testing.assert_close(compressor(image, text, image_mask, text_mask), torch.cat(alone))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seeds,
     st.sampled_from(["balanced", "joint"]),
@@ -128,7 +128,6 @@ def test_positions_turn_with_the_distance(seed, width, shift):
     assert torch.equal(sinusoids(places, 2 * width - 1), sinusoids(places, 2 * width)[..., :-1])
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(2, 12), st.integers(1, 3))
 def test_areas_see_ranks_only(seed, rows, columns):
     scores = drawn(seed, rows, columns).round(decimals=1)  # with ties
@@ -141,7 +140,6 @@ def test_areas_see_ranks_only(seed, rows, columns):
     torch.testing.assert_close(area_under_roc(scores, ~labels), 1 - area)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(2, 8), st.integers(1, 6), st.floats(0.1, 10))
 def test_rank_and_spread_ignore_rotation_and_scale(seed, rows, width, scale):
     vectors = drawn(seed, rows, width)
@@ -153,7 +151,7 @@ def test_rank_and_spread_ignore_rotation_and_scale(seed, rows, width, scale):
     assert spread_over_norm(vectors[:1].expand(rows, -1)) < 1e-9
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seeds, st.floats(0.1, 10), st.floats(-5, 5))
 def test_the_probe_ignores_units_and_follows_its_targets(seed, scale, offset):
     inputs, targets, fresh = drawn(seed, 15, 4), drawn(seed + 1, 15, 2), drawn(seed + 2, 6, 4)

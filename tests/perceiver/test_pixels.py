@@ -66,7 +66,7 @@ def expected_values(model, image, ids, mask):
         return model({"image": image, "text": ids}, attention_mask=whole).last_hidden_state
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     image_size=st.integers(1, 12),
     batch=st.integers(1, 3),

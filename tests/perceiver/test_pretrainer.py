@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
@@ -158,7 +158,6 @@ def test_caption_dropout_hides_the_caption_from_the_compressor_but_still_asks_fo
     assert torch.equal(out.loss, other.loss)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=5), st.integers(0, 99))
 def test_shuffling_permutes_the_kept_places(rows, seed):
     mask = torch.tensor(rows)

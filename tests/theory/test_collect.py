@@ -187,7 +187,10 @@ def test_a_null_input_takes_the_steps_that_it_is_asked_for_and_comes_to_rest() -
     loader = null_loader() * 3
     null = train_null_input(model, loader, num_tokens=2, steps=7, learning_rate=1.0)  # two rounds and one batch
     assert len(prompts) == 7
-    moved = [float((after - before).norm()) for before, after in zip(prompts, [*prompts[1:], null.prompt], strict=True)]
+    moved = [
+        float((after - before).detach().norm())
+        for before, after in zip(prompts, [*prompts[1:], null.prompt], strict=True)
+    ]
     assert min(moved) > 0
     assert moved[-1] < 0.5 * moved[0]  # the last step has a seventh of the first one's rate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyalign.theory import counting
@@ -17,7 +17,6 @@ def naive(points: np.ndarray, radii: np.ndarray, strict: bool, rows: np.ndarray)
     return np.maximum(np.stack([part.sum(axis=1) - 1 for part in inside], axis=1), 0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, 5), st.integers(2, 90), st.booleans(), st.booleans())
 def test_boxes_hold_what_the_matrix_says(seed: int, width: int, n: int, strict: bool, tied: bool) -> None:
     rng = np.random.default_rng(seed)

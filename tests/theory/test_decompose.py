@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyalign.theory import (
@@ -46,7 +46,6 @@ def world(seed: int, inputs: int = 5, labels: int = 4) -> tuple[np.ndarray, np.n
     return joint, rng.dirichlet(np.ones(labels), size=inputs)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 6))
 def test_terms_equal_the_sums_and_the_papers_identities(seed: int, inputs: int, labels: int) -> None:
     joint, model = world(seed, inputs, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyalign.theory import (
@@ -36,14 +36,12 @@ def draw(joint: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return cells // joint.shape[1], cells % joint.shape[1]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, 6), st.integers(1, 6))
 def test_tables_are_exact(seed: int, rows: int, columns: int) -> None:
     joint = table_of(seed, rows, columns)
     assert table_information(joint) == pytest.approx(naive_information(joint), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=60))
 def test_plugin_equals_the_table_of_frequencies(pairs: list[tuple[int, int]]) -> None:
     x, y = np.array(pairs).T

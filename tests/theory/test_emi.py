@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -224,7 +224,6 @@ def test_too_few_clusters_for_a_bootstrap_fall_back_to_student() -> None:
     assert delta_emi(longer, np.zeros(12)).high != delta_emi(longer, np.zeros(12), interval="t").high
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 20), min_size=3, max_size=20), st.floats(-5, 5), st.integers(0, 99))
 def test_shifting_one_model_shifts_estimate_and_interval(nll: list[float], shift: float, seed: int) -> None:
     zero = np.zeros(len(nll))
@@ -234,7 +233,6 @@ def test_shifting_one_model_shifts_estimate_and_interval(nll: list[float], shift
     assert moved.high == pytest.approx(plain.high + shift, abs=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20)), min_size=2, max_size=30))
 def test_delta_is_antisymmetric(pairs: list[tuple[float, float]]) -> None:
     a, b = np.array(pairs).T

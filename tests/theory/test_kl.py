@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch.distributions import Categorical, Exponential, Independent, Laplace, Normal, StudentT, Uniform
@@ -18,7 +18,6 @@ def naive(p: np.ndarray, q: np.ndarray) -> float:
     return sum(a * np.log(a / b) if b > 0 else np.inf for a, b in zip(p, q, strict=True) if a > 0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(2, 30))
 def test_categorical_equals_the_sum_and_is_not_negative(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)

@@ -51,7 +51,7 @@ def test_independence_contains_zero(kind: str) -> None:
     assert held >= 20
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(SEEDS, st.floats(0.3, 0.9))
 def test_processing_adds_nothing(seed: int, rho: float) -> None:
     x, y = correlated(2000, rho, seed)
@@ -77,7 +77,7 @@ def test_two_independent_copies_hold_twice_as_much(kind: str) -> None:
     assert np.mean(double) == pytest.approx(2 * np.mean(single), abs=0.03)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SEEDS, st.sampled_from([np.exp, np.arctan, lambda z: z**3, lambda z: -z]), st.integers(1, 3))
 def test_monotone_maps_of_columns_change_nothing(seed: int, change: object, width: int) -> None:
     """Where no rotation is undone, the whole estimate depends on ranks alone; a falling map turns them around."""
@@ -87,7 +87,7 @@ def test_monotone_maps_of_columns_change_nothing(seed: int, change: object, widt
     assert mapped.value == pytest.approx(plain.value, abs=1e-6 if plain.method in ("copula", "student") else 0.1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_order_of_samples_and_of_sides_does_not_matter(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def test_order_of_samples_and_of_sides_does_not_matter(seed: int) -> None:
     assert kl_from_samples(x[order], y).candidates["knn"] == pytest.approx(kl_from_samples(x, y).candidates["knn"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 1)), min_size=4, max_size=80))
 def test_plugin_obeys_the_chain_rule_and_its_bounds(records: list[tuple[int, int, int]]) -> None:
     x, y, z = np.array(records).T
@@ -118,7 +118,7 @@ def test_plugin_obeys_the_chain_rule_and_its_bounds(records: list[tuple[int, int
     assert -1e-12 <= both <= most + 1e-9
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(SEEDS)
 @example(1086)  # there the choice of estimator hung on eigenvectors of an identity
 def test_divergence_does_not_see_units_or_shifts(seed: int) -> None:

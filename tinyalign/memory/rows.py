@@ -131,10 +131,11 @@ class RowTable:
         self.version += 1
 
     def column(self, name: str) -> np.ndarray:
-        """Return ``ids`` or ``groups`` of every row, removed ones included."""
+        """Return ``ids`` or ``groups`` of every row, removed ones included; to be read, not written."""
         if name not in self._joined:
             parts = [getattr(segment.columns, name).numpy() for segment in self._segments]
-            self._joined[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+            # A bank's one segment is read where it is: half a million ids are 4 MB that ranks share.
+            self._joined[name] = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, dtype=np.int64), *parts])
         return self._joined[name]
 
     def live_rows(self) -> np.ndarray:
@@ -146,9 +147,11 @@ class RowTable:
         if self._lookup is None:
             growing = bool(self._segments) and isinstance(self._segments[-1], GrowingSegment)
             fixed = self.total - (len(self._segments[-1]) if growing else 0)
-            rows = np.arange(fixed, dtype=np.int64)
-            rows = np.delete(rows, self._dead[self._dead < fixed]) if len(self._dead) else rows
-            self._lookup = IdLookup(self.column("ids")[rows], rows)
+            rows, ids = np.arange(fixed, dtype=np.int64), self.column("ids")[:fixed]
+            if len(self._dead):
+                rows = np.delete(rows, self._dead[self._dead < fixed])
+                ids = ids[rows]
+            self._lookup = IdLookup(ids, rows)
         return self._lookup
 
     def find(self, ids: np.ndarray) -> np.ndarray:
