@@ -344,6 +344,13 @@ def test_what_the_literature_warns_of_is_in_the_record() -> None:
     assert constant.value == 0.0
     assert constant.warned("constant")
     assert mutual_information(x[:20, 0], x[:20, 1]).warned("small")
+    y = x[:, 0] + rng.normal(size=300)
+    few = mutual_information(x[:, 0], y)
+    assert few.method == "copula"
+    assert few.warned("small")  # 300 samples do not tell the law
+    assert not mutual_information(x[:, 0], y, method="copula").warned("small")  # whoever names it vouches for it
+    enough = rng.normal(size=(500, 2))
+    assert not mutual_information(enough[:, 0], enough.sum(axis=1)).warned("small")
     rare = ross(x[:, :1], np.r_[np.zeros(200, int), np.ones(99, int), 7])
     assert rare.warned("rare_labels")
     assert rare.n == 299

@@ -26,6 +26,7 @@ from tinyalign.theory.smooth import rank_departure, smooth_test
 __all__ = ["continuous_information"]
 
 FloatArray = NDArray[np.float64]
+_FEW = 500  # samples below which weak noise with edges, or weak skew, passes for a normal law
 _WHOLE = 5  # columns a side up to which neighbours are searched in all of them
 _PAIRS = 3  # leading canonical pairs beyond that
 _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two differ by less
@@ -86,6 +87,8 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
             checks["student"] = check
     candidates = {name: law.information for name, law in laws.items()}
     if method == "auto":
+        if n < _FEW:
+            warnings += (f"small: {n} samples are too few to tell a law from its likes; take {_FEW} or more",)
         wide = len(gaussian.correlation) > _SEEN
         if "student" in laws and checks["student"].accepted:
             found = _parametric(laws["student"], "student", candidates, warnings, level)
