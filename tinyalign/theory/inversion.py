@@ -160,4 +160,5 @@ def _inverted(
 
 def _parabola(x: FloatArray, y: FloatArray, scale: FloatArray, at: FloatArray | None = None) -> FloatArray:
     """Parabola through y with errors in proportion to ``scale``, at x or elsewhere."""
-    return np.asarray(np.polyval(np.polyfit(x, y, 2, w=1.0 / scale), x if at is None else at))
+    fitted = np.polyval(np.polyfit(x, y, 2, w=1.0 / scale), x if at is None else at)
+    return np.asarray(fitted, dtype=np.float64)
