@@ -155,6 +155,7 @@ def test_a_constant_shares_nothing() -> None:
     for method in ("auto", "plugin", "null_adjusted"):
         result = mutual_information(np.zeros(100, dtype=int), np.arange(100) % 4, method=method)
         assert result.value == pytest.approx(0.0, abs=1e-12)
+    assert mutual_information(np.zeros(100, dtype=int), np.arange(100) % 4).std_error == 0.0
 
 
 def test_a_copy_of_two_labels_keeps_its_entropy_when_shuffles_are_taken_out() -> None:

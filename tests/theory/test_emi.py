@@ -20,6 +20,7 @@ from tinyalign.theory import (
     pvi,
     v_information,
 )
+from tinyalign.theory.intervals import _resample
 
 # p(x, l) of a small world, and a model q(l | x) that is wrong on purpose.
 JOINT = np.array([[0.30, 0.10, 0.05], [0.05, 0.25, 0.25]])
@@ -260,3 +261,11 @@ def test_few_clusters_are_fewer_than_thirty() -> None:
     for count, few in ((29, True), (30, False)):
         gain = np.random.default_rng(0).normal(size=2 * count)
         assert delta_emi(gain, 0 * gain, np.repeat(np.arange(count), 2)).warned("few_clusters") == few
+
+
+def test_a_bootstrap_in_blocks_draws_as_often_as_it_is_asked() -> None:
+    rng = np.random.default_rng(0)
+    top, bottom = rng.uniform(1, 3, 50_000), rng.integers(5, 9, 50_000).astype(float)
+    ratios, errors = _resample(top, bottom, 100, 0)  # blocks of 80 draws, then 20
+    assert len(ratios) == len(errors) == 100
+    assert ratios.std() == pytest.approx(float(np.median(errors)), rel=0.3)

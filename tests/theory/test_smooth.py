@@ -254,3 +254,10 @@ def test_neighbours_of_draws_are_taken_off_near_the_law_and_not_far_from_it() ->
     assert far.far
     assert far.measured == pytest.approx((coarse.mean(), 1.3 * coarse.std() / np.sqrt(len(coarse))))
     assert "drawn" not in vars(far)  # what would not change the answer is not searched
+
+
+def test_the_top_of_a_parabola_is_found_inside_and_the_place_itself_at_an_end() -> None:
+    at = np.array([0.0, 1.0, 3.0, 4.0])
+    assert _vertex(at, -((at - 2.5) ** 2)) == pytest.approx(2.5)
+    assert _vertex(at, -at) == 0.0
+    assert _vertex(at, at) == 4.0
