@@ -219,6 +219,9 @@ def test_merge_keeps_order_and_refuses_strangers(random_bank):
     assert 503 not in two
     with pytest.raises(ValueError, match="banks must not share ids, got 100 in two"):
         MemoryBank.merge([one, one])
+    shares = random_bank(3, seed=2, start=105)  # after five ids that the first has for itself
+    with pytest.raises(ValueError, match="banks must not share ids, got 105 in two"):
+        MemoryBank.merge([one, shares])
     with pytest.raises(ValueError, match="banks must hold at least one bank, got none"):
         MemoryBank.merge([])
     with pytest.raises(ValueError, match="banks must agree, got BankSpec"):

@@ -96,6 +96,8 @@ def test_a_manifest_of_any_content_is_refused_or_harmless(tmp_path_factory, edit
         ),
         (lambda m: m["segments"][0].update(rows=10**15), "a row count|a size of"),
         (lambda m: m.update(key_dim=2**40), "a size of 'keys.bin'"),
+        (lambda m: m.update(next_id=-1), "a next id that is not one"),
+        (lambda m: m.update(next_id="7"), "a next id that is not one"),
         (lambda m: m.update(value_shape=[2**30, 2**30]), "an empty or enormous value shape"),
         (lambda m: m.update(value_shape=[]), "an empty or enormous value shape|a size of"),
         (lambda m: m["segments"].append(m["segments"][0]), "a segment twice"),
