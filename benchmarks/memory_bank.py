@@ -266,8 +266,7 @@ start = memory()
 bank = MemoryBank.load(sys.argv[1])
 for ids in bank.ids.split(128):
     bank.gather(ids)
-del ids  # the ids of all entries, which we asked for and not the bank
-bank.neighbours(torch.ones(1, bank.key_dim), 1)
+del ids; bank.neighbours(torch.ones(1, bank.key_dim), 1)  # the ids are ours and not the bank's
 print("read", flush=True)
 input()
 print(memory() - start, flush=True)

@@ -12,21 +12,21 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyalign.data import DigitScenes, LlavaCollator
-from tinyalign.memory import AttentionPooledKey, MemoryBank
-from tinyalign.models import PairEncoder, SampleEncoder, TinyAlignProcessor, TinyAlignVLM
+from tinyalign.memory import MemoryBank
+from tinyalign.models import SampleEncoder, TinyAlignProcessor, TinyAlignVLM
+from tinyalign.models.descent import Descent, descend
 from tinyalign.models.digit_parts import load_digit_parts
-from tinyalign.perceiver import LossWeights, PerceiverCompressor, PerceiverPretrainer, PerceiverSizes
+from tinyalign.models.frozen_training import small_encoder
+from tinyalign.perceiver import LossWeights, PerceiverPretrainer
 from tinyalign.theory import NLLTable, delta_emi
 
 NEIGHBOURS, BATCH = 5, 16
-SIZES = PerceiverSizes(token_dim=64, num_latents=8, latent_dim=64, num_self_attends=2, num_heads=4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -39,26 +39,11 @@ class Split(NamedTuple):
     scores: Tensor
 
 
-def descend(loss_of: Callable[[int], Tensor], weights: Iterable[Tensor], steps: int, rate: float) -> None:
-    weights = list(weights)
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(step).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-
-
 def encoded(parts: Any, entries: int, steps: int, seed: int) -> tuple[SampleEncoder, dict[str, MemoryBank]]:
     """Train the compressor, encode the bank's scenes, and keep their values in every dtype."""
     scenes = DigitScenes("memory", entries, seed=seed)
-    width = parts.vision_tower.config.hidden_size
-    compressor = PerceiverCompressor(width, vocab_size=len(parts.tokenizer), sizes=SIZES, seed=seed)
-    encode = SampleEncoder(
-        PairEncoder(parts.vision_tower, compressor, AttentionPooledKey()), parts.image_processor, parts.tokenizer
-    )
+    encode = small_encoder(parts.vision_tower, parts.image_processor, parts.tokenizer, seed=seed)
+    compressor = encode.encoder.compressor
     features = torch.cat([encode.features(scenes[i : i + 256])[0] for i in range(0, entries, 256)])
     captions, _ = encode.tokens([sample.turns[1].text for sample in scenes])
     pretrainer = PerceiverPretrainer(
@@ -70,7 +55,7 @@ def encoded(parts: Any, entries: int, steps: int, seed: int) -> tuple[SampleEnco
         rows = torch.randint(entries, (64,), generator=generator)
         return pretrainer(features[rows], captions[rows]).loss
 
-    descend(loss_of, pretrainer.parameters(), steps, 2e-3)
+    descend(loss_of, pretrainer.parameters(), Descent(steps, 2e-3, to_zero=True))
     compressor.requires_grad_(False).eval()
     made = [encode(scenes[i : i + 128]) for i in range(0, entries, 128)]
     keys, values = torch.cat([each.keys for each in made]), torch.cat([each.values for each in made]).float()
@@ -172,7 +157,8 @@ def main() -> None:
         order = torch.cat([torch.randperm(options.train, generator=generator) for _ in range(epochs)]).split(BATCH)
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        descend(lambda step: called(model, train, read, order[step]).loss, weights, options.steps, 2e-3)  # noqa: B023
+        how = Descent(options.steps, 2e-3, to_zero=True)
+        descend(lambda step: called(model, train, read, order[step]).loss, weights, how)  # noqa: B023
         model.eval()
         reference = held_out(model, heldout, full)
         for name, bank in banks.items():
