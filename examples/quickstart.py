@@ -114,12 +114,13 @@ def main() -> None:
     report = {**runs[0], "runs": runs, "reader": args.reader, "smoke": args.smoke}
     report |= {"seconds": time.perf_counter() - started, "reading": read_aloud(runs)}
     (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    shown = {
-        "sentences": report["reading"],
-        "tables": tables_of(runs),
-        "pictures": draw(args.output, pictures, runs[0]),
-    }
-    write_report(args.output / "report.html", "Does retrieval align a small model better?", **shown)
+    write_report(
+        args.output / "report.html",
+        "Does retrieval align a small model better?",
+        sentences=report["reading"],
+        tables=tables_of(runs),
+        pictures=draw(args.output, pictures, runs[0]),
+    )
     for summary in runs:
         console.print(as_table(summary))
     for sentence in report["reading"]:
