@@ -24,6 +24,19 @@ def test_memory_that_was_left_is_used_again():
     assert held.data_ptr() not in places
 
 
+def test_a_large_result_and_its_smaller_parts_find_their_places_again(monkeypatch):
+    made, empty = [], np.empty
+    monkeypatch.setattr(np, "empty", lambda size, dtype: made.append(size) or empty(size, dtype))
+    rooms = Rooms()
+    held = rooms.empty(SHAPE, torch.float16)
+    for rows in (200, 190, 195, 180, 200):
+        whole = rooms.empty(SHAPE, torch.float16)
+        part = rooms.empty((rows, SHAPE[1]), torch.float16)
+        held = whole  # noqa: F841 - as a caller holds a result while the next is made
+        del whole, part
+    assert len(made) == MOST
+
+
 @pytest.mark.parametrize(
     "hold",
     [

@@ -57,16 +57,20 @@ class Rooms:
         return torch.from_numpy(part).view(dtype).reshape(*shape)
 
     def _free(self, size: int) -> np.ndarray:
-        """Take out a block that nobody uses, or make one; what is taken out, no other thread sees."""
-        for block in reversed(tuple(self._kept)):
-            if block.part() is not None:
-                continue
-            try:
-                self._kept.remove(block)
-            except ValueError:  # another thread was faster
-                continue
-            if len(block.memory) >= size:
+        """Take out the smallest block that does and nobody uses, or make one; no other thread sees what is taken."""
+        for block in sorted(self._kept, key=lambda block: len(block.memory)):
+            if block.part() is None and len(block.memory) >= size and self._take_out(block):
                 return block.memory
+        for block in tuple(self._kept):  # all that are left are too small: the new one is for them too
+            if block.part() is None:
+                self._take_out(block)
         memory = np.empty(size + ALIGNED, dtype=np.uint8)
         start = -memory.ctypes.data % ALIGNED
         return memory[start : start + size]
+
+    def _take_out(self, block: _Block) -> bool:
+        try:
+            self._kept.remove(block)
+        except ValueError:  # another thread was faster
+            return False
+        return True
