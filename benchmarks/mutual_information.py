@@ -1,14 +1,15 @@
 """Mutual information of laws with known values: our error and CPU time beside the public estimators'.
 
 Every side reads the same samples in this process, on one thread. Peers that are not installed are left out:
-scikit-learn comes with the package; ``pip install ennemi npeet-plus infomeasure`` adds the others.
+scikit-learn comes with the package; ``pip install ennemi npeet-plus infomeasure benchmark-mi`` adds the others.
 
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py                # 63 laws, 5,000 samples, 3 draws each
+    OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part published  # the 40 laws of bmi (Czyz et al. 2023)
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part kl      # 30 divergences from samples
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part labels  # labels against 1 to 64 columns
     OMP_NUM_THREADS=1 python benchmarks/mutual_information.py --part emi     # coverage of clustered delta EMI
 
-``--coverage`` (with the first three) prints instead how often the 95 % intervals hold the truth, where no warning is
+``--coverage`` (with the first four) prints instead how often the 95 % intervals hold the truth, where no warning is
 given and in all; ``--laws`` keeps those whose name holds a word. The laws are in known_laws.py and known_pairs.py
 beside this file. A ratio is our mean absolute error over the smallest of the peers', for each law.
 """
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from known_laws import LAWS
+from known_laws import LAWS, Law
 from known_pairs import CLASSES, PAIRS
 
 from tinyalign.theory import Estimate, delta_emi, kl_from_samples, mutual_information
@@ -57,6 +58,12 @@ def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], float | None]]:
         )
     except ImportError:
         pass
+    try:
+        from bmi.estimators import KSGEnsembleFirstEstimator
+
+        found["bmi"] = lambda x, y: float(KSGEnsembleFirstEstimator().estimate(x, y))
+    except ImportError:
+        pass
     return found
 
 
@@ -66,7 +73,22 @@ def timed(estimate: Callable[[], float | None]) -> tuple[float | None, float]:
     return value, time.process_time() - start
 
 
-def errors(draws: int, word: str) -> None:
+def published() -> list[Law]:
+    """The benchmark tasks that come with bmi, on which nothing here was developed."""
+    import bmi
+
+    def law(task: bmi.Task) -> Law:
+        def sample(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+            x, y = task.sample(n, int(rng.integers(2**31)))
+            return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+
+        hard = any(word in task.id for word in ("student", "spiral", "swissroll"))
+        return Law(task.id, hard, float(task.mutual_information), sample)
+
+    return [law(task) for task in bmi.benchmark.BENCHMARK_TASKS.values()]
+
+
+def errors(laws: list[Law], draws: int, word: str) -> None:
     others = peers()
     print(
         f"{N} samples, mean of {draws} draws; error in nats / CPU seconds; ratios to the best and to the fastest peer"
@@ -74,7 +96,7 @@ def errors(draws: int, word: str) -> None:
     print(f"{'law':28s} {'truth':>6s} {'tinyalign':>15s} {'error':>6s} {'time':>6s}  " + "  ".join(others))
     ratios: dict[bool, list[float]] = {False: [], True: []}
     slow = []
-    for number, law in enumerate(LAWS):
+    for number, law in enumerate(laws):
         if word not in law.name:
             continue
         found: dict[str, list[tuple[float, float]]] = {}
@@ -121,14 +143,14 @@ def cover(name: str, truth: float, estimate: Callable[[int], Estimate], repetiti
 
 
 def coverage(part: str, repetitions: int, word: str) -> None:
-    print(f"{repetitions} repetitions of {N if part == 'mi' else FEW} samples; intervals at 95 %")
-    cases = {"mi": LAWS, "kl": PAIRS, "labels": CLASSES}[part]
-    for case in cases:
+    count = N if part in ("mi", "published") else FEW
+    print(f"{repetitions} repetitions of {count} samples; intervals at 95 %")
+    for case in {"mi": LAWS, "kl": PAIRS, "labels": CLASSES}.get(part) or published():
         if word not in case.name or "128" in case.name:
             continue
 
         def one(seed: int, case=case) -> Estimate:
-            samples = case.sample(np.random.default_rng(seed), N if part == "mi" else FEW)
+            samples = case.sample(np.random.default_rng(seed), count)
             return kl_from_samples(*samples) if part == "kl" else mutual_information(*samples)
 
         cover(case.name, case.truth, one, repetitions)
@@ -191,7 +213,7 @@ def paired_differences(repetitions: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("mi", "kl", "labels", "emi"), default="mi")
+    parser.add_argument("--part", choices=("mi", "published", "kl", "labels", "emi"), default="mi")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--laws", default="", help="only those whose name holds this")
     parser.add_argument("--draws", type=int, default=DRAWS)
@@ -203,10 +225,10 @@ def main() -> None:
             paired_differences(max(arguments.repetitions, 1000))
         elif arguments.coverage:
             coverage(arguments.part, arguments.repetitions, arguments.laws)
-        elif arguments.part != "mi":
+        elif arguments.part in ("kl", "labels"):
             beside(arguments.part, arguments.draws, arguments.laws)
         else:
-            errors(arguments.draws, arguments.laws)
+            errors(published() if arguments.part == "published" else LAWS, arguments.draws, arguments.laws)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,12 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: aside, synced, then renamed over the old one."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: aside, synced, then renamed over the old one."""
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, sort_keys=True, allow_nan=False)
-            stream.write("\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(aside, 0o644)
@@ -47,6 +46,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         Path(aside).unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ TREE_DIMENSIONS = 12
 _BLOCK = 256
 _LEAF = 15
 _BIT_POINTS = 20_000  # beyond, the n^2 / 64 words of the bit tables cost more than a tree
-_BIT_CHUNK = 4096  # points a table: 2 MB, so that it stays in the cache
+_BIT_CHUNK = 5120  # points a table: 3 MB, so that it stays near the processor
 _COUNTS_BITS = hasattr(np, "bitwise_count")  # numpy 2
 
 

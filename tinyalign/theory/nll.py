@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyalign._files import write_bytes
 from tinyalign.theory._input import as_clusters, as_numpy, as_vector
 
 __all__ = ["NLLTable", "Per", "TableMismatch"]
@@ -197,17 +196,7 @@ class NLLTable:
         header = {"format": str(FORMAT), "kind": "NLLTable", "condition": self.condition, "tokenizer": self.tokenizer}
         content = save(columns, metadata=header)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        write_bytes(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> NLLTable:
