@@ -30,6 +30,7 @@ _FEW = 500  # samples below which weak noise with edges, or weak skew, passes fo
 _WHOLE = 5  # columns a side up to which neighbours are searched in all of them
 _PAIRS = 3  # leading canonical pairs beyond that
 _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two differ by less
+_MANY = 8  # columns from which neighbours of more samples pay
 _SEEN = 4  # columns up to which neighbours see what a single pair hides
 _PAIR_REJECT = 4.5  # standard errors by which a canonical pair must differ from the law
 _DOUBTED = 2.0  # the same where moments already speak against the law
@@ -227,6 +228,8 @@ def _corrected(
 ) -> Estimate:
     """The law's information plus the divergence of the data from it, extrapolated to no neighbours."""
     n, width = law.n, len(check.law.correlation)
+    if len(law.correlation) > _MANY:
+        check = check.on_more()
     ratio = float(check.law.pointwise().mean())
     raw = check.search.nearest - ratio
     # All samples say how far the nearest neighbours are off, the head how that grows with k.

@@ -7,6 +7,7 @@ neighbours) is computed when a decision needs it and kept.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 PLANE_KS, SPACE_KS = [4, 16], [4, 8, 16]
 THIN = 1500  # samples whose neighbours test a law in more than two dimensions
+_THICK = 3000  # the same for measuring what is missed in many columns, where extrapolation amplifies noise
 _CLEAR = 0.05  # nats: neighbours are biased toward zero there, so more than this on top of a law speaks against it
 _REJECT = 3.0  # standard errors of the divergence
 _SHARED = 1.3  # at k = 16 more neighbours are shared than at the 4 of `neighbours.SHARED`
@@ -60,6 +62,16 @@ class Search:
             total += float(self._of(self._rest, self.ks[:1]).sum())
         return total / len(self.points)
 
+    def grown(self, head: int) -> Search:
+        """Return the same search with more samples in its head."""
+        added = self._rest[: max(head - len(self.head), 0)]
+        if not len(added):
+            return self
+        more = copy(self)
+        more.head, more._rest = np.concatenate([self.head, added]), self._rest[len(added) :]
+        more.terms = np.vstack([self.terms, self._of(added, self.ks)])
+        return more
+
     def _of(self, rows: IntArray, ks: list[int]) -> FloatArray:
         radii = self._tree.query(self.points[rows], max(ks) + 1)[0][:, ks]
         x, y = self.points[:, : self.split], self.points[:, self.split :]
@@ -73,10 +85,16 @@ class Divergence:
     Attributes:
         law: the law, over columns that neighbours can be searched in.
         search: neighbours of the data on the same columns.
+        draws: samples of a draw of the law whose neighbours say what is pure bias.
     """
 
     law: EllipticalCopula
     search: Search
+    draws: int = THIN // 2
+
+    def on_more(self) -> Divergence:
+        """Return the same with neighbours of more samples and of more draws."""
+        return Divergence(self.law, self.search.grown(_THICK), _THICK)
 
     @property
     def accepted(self) -> bool:
@@ -123,7 +141,7 @@ class Divergence:
     def drawn(self) -> FloatArray:
         """The same on draws of the law itself: pure bias and noise of the neighbours."""
         points = self.law.draw(self.law.n)
-        search = Search(normal_scores(points), self.law.split, head=THIN // 2)
+        search = Search(normal_scores(points), self.law.split, head=self.draws)
         return np.asarray(search.terms - self.law.pointwise(points[search.head])[:, None])
 
 
@@ -169,23 +187,18 @@ def extrapolated(divergences: FloatArray, width: int, n: int, ratio: float, nois
     settled = float(near * divergences[0] + (1 - near) * divergences[-1])
     if width == 2:
         settled -= plane_bias(ratio + settled, n, PLANE_KS[1])
-    sharp = float(divergences[0]) + gap / (_growth(divergences, width, noise) - 1.0)
+    sharp = float(divergences[0]) + gap / (_growth(width) - 1.0)
     return trust * sharp + (1 - trust) * settled
 
 
-def _growth(divergences: FloatArray, width: int, noise: float) -> float:
+def _growth(width: int) -> float:
     """By how much the bias grows from k = 4 to k = 16.
 
     It grows as a power of k / n: 3 / 4 on the plane, where it comes from sharp edges, and from 1 / 1 in three columns
-    to 1 / 8 in ten, slower than the radius squared because most of what is missed has saturated. The powers were fitted
-    to simulated spirals, ridges, products and Student laws. A bias that clearly grows faster in the data is believed.
+    to 1 / 9 in ten, slower than the radius squared because most of what is missed has saturated. The powers were fitted
+    to simulated spirals, ridges, clusters, products and Student laws. What three values of k say of the power itself is
+    mostly noise.
     """
     if width == 2:
         return float(4.0**0.75)
-    usual = float(4.0 ** (1.0 / max(width - 2.3, 1.0)))
-    first, second = divergences[0] - divergences[1], divergences[1] - divergences[2]
-    if first < 2 * noise:
-        return usual
-    # In few columns the power itself rises toward near neighbours.
-    rise = 1.1 if width <= 4 else 1.0
-    return max(usual, min(rise * float(second / first), 2.0) ** 2)
+    return float(4.0 ** (1.0 / max(width - 2.3 + 0.35 * max(width - 6, 0), 1.0)))
