@@ -105,6 +105,14 @@ def test_mass_where_q_has_no_samples_is_said() -> None:
     assert not kl_from_samples(rng.gamma(2.0, size=2000), rng.gamma(1.0, size=2000) * 2).warnings
 
 
+@pytest.mark.parametrize(("n", "m", "small"), [(499, 800, True), (800, 499, True), (500, 500, False)])
+def test_few_samples_of_either_law_are_said_of_plain_neighbours(n: int, m: int, small: bool) -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=n), rng.normal(0.3, 1.0, m)
+    assert kl_from_samples(p, q, method="knn").warned("small") == small
+    assert not kl_from_samples(p, q).warned("small")
+
+
 def test_equal_laws_have_no_divergence() -> None:
     """24 pairs of equal laws: the mean within four of its standard errors of zero, and negatives are shown."""
     values = []

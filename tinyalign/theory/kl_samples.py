@@ -15,6 +15,7 @@ from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import inverted_interval
 from tinyalign.theory.kl_margins import SHARING, margins_divergence, redraw
+from tinyalign.theory.nearest import small_warning
 from tinyalign.theory.neighbours import kth_distance, neighbour_interval, subset_interval
 
 __all__ = ["gaussian_kl", "kl_from_samples"]
@@ -113,7 +114,8 @@ def kl_from_samples(
     local = _local(p, q, k)
     plain = float(local.mean())
     if method == "knn":
-        return _with_neighbours(plain, p, q, k, level, "knn", {}, (*warnings, *_dimension(width)))
+        warnings += _dimension(width) + small_warning(min(n, len(q)))
+        return _with_neighbours(plain, p, q, k, level, "knn", {}, warnings)
     rng = np.random.default_rng(seed)
 
     def missed_by_neighbours() -> FloatArray:

@@ -18,7 +18,7 @@ from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.neighbours import BIASED, CLEAR, SHARED, kth_distance, kth_distances, neighbour_interval
 
-__all__ = ["conditional_ksg", "ksg", "ksg_local", "ksg_terms", "mixed_ksg", "ross"]
+__all__ = ["conditional_ksg", "ksg", "ksg_local", "ksg_terms", "mixed_ksg", "ross", "small_warning"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -66,7 +66,7 @@ def ksg(
     warnings = duplicate_warnings(left, "x") + duplicate_warnings(right, "y")
     if standardize:
         left, right = _unit(left), _unit(right)
-    warnings += dimension_warning(left.shape[1], right.shape[1]) + _small_warning(len(left))
+    warnings += dimension_warning(left.shape[1], right.shape[1]) + small_warning(len(left))
     found = _finish(
         lambda rows, ks: ksg_local(left[rows], right[rows], ks, variant), len(left), k, level, f"ksg{variant}", warnings
     )
@@ -232,7 +232,7 @@ def mixed_ksg(x: Any, y: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     # Pairs that repeat share their neighbours exactly, and their terms have no noise of neighbours.
     _, place, count = np.unique(np.hstack([left, right]), axis=0, return_inverse=True, return_counts=True)
     tied = float((count[place.reshape(-1)] > k).mean())
-    warnings = dimension_warning(left.shape[1], right.shape[1]) + _small_warning(len(left))
+    warnings = dimension_warning(left.shape[1], right.shape[1]) + small_warning(len(left))
     if tied == 1.0:
         warnings += ("labels: every pair of values repeats; as integers they are counted, which is more exact",)
     return _finish(local, len(left), k, level, "mixed_ksg", warnings, shared=1.0 + (SHARED - 1.0) * (1.0 - tied))
@@ -347,7 +347,7 @@ def dimension_warning(left: int, right: int) -> tuple[str, ...]:
     )
 
 
-def _small_warning(n: int) -> tuple[str, ...]:
+def small_warning(n: int) -> tuple[str, ...]:
     """Say where sharp edges, heavy tails and atoms bias neighbours by as much as noise hides."""
     if n >= _SMALL:
         return ()
