@@ -218,6 +218,18 @@ def test_auto_corrects_neighbours_where_no_copula_fits(shape: str) -> None:
     assert abs(result.candidates["copula"] - truth) > 0.2
 
 
+@pytest.mark.parametrize(("left", "right"), [(10, 1), (6, 6), (12, 4)])
+def test_what_many_columns_hide_is_seen_without_correlation(left: int, right: int) -> None:
+    """Y = X1 X2 + noise .4: h(Y) - h(noise) is .897 by quadrature; no canonical pair is correlated."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3000, left)), rng.normal(size=(3000, right))
+    y[:, 0] = x[:, 0] * x[:, 1] + 0.4 * y[:, 0]
+    result = mutual_information(x, y)
+    assert result.method == "surrogate"
+    assert result.value == pytest.approx(0.897, abs=0.35)
+    assert result.warned("bias")
+
+
 def test_independence_contains_zero_and_negatives_are_shown() -> None:
     """200 repetitions: four binomial errors around 95 %; an interval that always held zero would say nothing."""
     results = []

@@ -27,7 +27,7 @@ __all__ = ["continuous_information"]
 
 FloatArray = NDArray[np.float64]
 _FEW = 500  # samples below which weak noise with edges, or weak skew, passes for a normal law
-_WHOLE = 5  # columns a side up to which neighbours are searched in all of them
+_WHOLE = 16  # columns up to which neighbours are searched in all of them
 _PAIRS = 3  # leading canonical pairs beyond that
 _TURN = 0.04  # nats that a rotation must add: heavy tails alone make the two differ by less
 _MANY = 8  # columns from which neighbours of more samples pay
@@ -140,8 +140,7 @@ def _check(law: EllipticalCopula, other: Divergence | None) -> Divergence:
 
 
 def _reduced(law: EllipticalCopula) -> EllipticalCopula:
-    width = len(law.correlation)
-    return law if max(law.split, width - law.split) <= _WHOLE else law.leading(_PAIRS)
+    return law if len(law.correlation) <= _WHOLE else law.leading(_PAIRS)
 
 
 def _parametric(
