@@ -34,6 +34,8 @@ _MANY = 8  # columns from which neighbours of more samples pay
 _SEEN = 4  # columns up to which neighbours see what a single pair hides
 _PAIR_REJECT = 4.5  # standard errors by which a canonical pair must differ from the law
 _DOUBTED = 2.0  # the same where moments already speak against the law
+_DEPARTED = 6.0  # standard errors by which ranks must differ from a law
+_HINT = 1.0  # standard errors of the neighbours that then speak against it as well
 _RANKS = 2.9  # times 1 / n: noise of normal scores
 _COPY = 1e-9  # variance of a column's normal scores that others leave
 _SINGULAR = 0.6  # of the loss ln(16 / 4) between k = 4 and 16 that a curve without noise shows
@@ -91,10 +93,10 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
         if n < _FEW:
             warnings += (f"small: {n} samples are too few to tell a law from its likes; take {_FEW} or more",)
         wide = len(gaussian.correlation) > _SEEN
-        if "student" in laws and checks["student"].accepted:
+        if "student" in laws and _holds(laws["student"], checks["student"]):
             found = _parametric(laws["student"], "student", candidates, warnings, level)
             return _pairwise(found, laws["student"]) if wide else found
-        if not moments.turned and (moments.fits or wide) and checks["copula"].accepted:
+        if not moments.turned and (moments.fits or wide) and _holds(gaussian, checks["copula"]):
             found = _parametric(gaussian, "copula", candidates, warnings, level)
             return _pairwise(found, gaussian, doubted=not moments.fits) if wide else found
     return _corrected(gaussian, checks["copula"], candidates, warnings, level)
@@ -137,6 +139,14 @@ def _check(law: EllipticalCopula, other: Divergence | None) -> Divergence:
         return Divergence(law, other.search)
     points = law.points if math.isinf(law.freedom) and small is law else normal_scores(small.points)
     return Divergence(small, Search(points, small.split, head=len(points) if width == 2 else THIN))
+
+
+def _holds(law: EllipticalCopula, check: Divergence) -> bool:
+    """Whether neighbours accept the law; where ranks speak clearly against it, a hint of theirs is enough."""
+    if not check.accepted:
+        return False
+    value, error = check.measured
+    return value < _HINT * error or rank_departure(law)[0] < _DEPARTED
 
 
 def _reduced(law: EllipticalCopula) -> EllipticalCopula:
