@@ -43,6 +43,7 @@ def test_columns_that_are_not_normal_are_measured_one_by_one(width: int) -> None
     assert np.mean([result.value for result in found]) == pytest.approx(truth, abs=0.05)
     assert {result.method for result in found} == {"margins"}
     assert sum(result.low <= truth <= result.high for result in found) >= 2
+    assert all(result.warned("dimension") == (width == 10) for result in found)
     if width == 10:
         assert abs(np.mean([result.candidates["knn"] for result in found]) - truth) > 0.1
 

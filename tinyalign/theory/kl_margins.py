@@ -18,10 +18,10 @@ from scipy.special import ndtri
 from tinyalign.theory.copula import fit_gaussian, normal_scores, rank_columns
 from tinyalign.theory.neighbours import kth_distances
 
-__all__ = ["SHARING", "Margins", "margins_divergence", "redraw"]
+__all__ = ["FEW_COLUMNS", "SHARING", "Margins", "margins_divergence", "redraw"]
 
 FloatArray = NDArray[np.float64]
-_FEW_COLUMNS = 4
+FEW_COLUMNS = 4
 _KS = {True: (4, 16), False: (16, 64)}  # many columns add up the noise of near neighbours
 _POWER = 0.75  # of k / n, with which the bias on a line grows: between a smooth law's and an edge's
 _DEPENDENT = 4.0  # standard errors of the squared correlations
@@ -56,7 +56,7 @@ def margins_divergence(p: FloatArray, q: FloatArray) -> Margins:
     """
     width = p.shape[1]
     limit = min(len(p) - 1, len(q))
-    near, far = (min(k, limit) for k in _KS[width <= _FEW_COLUMNS])
+    near, far = (min(k, limit) for k in _KS[width <= FEW_COLUMNS])
     terms = np.zeros((len(p), 2))
     for column in range(width):
         own = np.maximum(kth_distances(p[:, column : column + 1], [near, far]), 1e-300)

@@ -14,7 +14,7 @@ from tinyalign.theory._input import as_matrix, check_level
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import inverted_interval
-from tinyalign.theory.kl_margins import SHARING, margins_divergence, redraw
+from tinyalign.theory.kl_margins import FEW_COLUMNS, SHARING, margins_divergence, redraw
 from tinyalign.theory.nearest import small_warning
 from tinyalign.theory.neighbours import kth_distance, neighbour_interval, subset_interval
 
@@ -218,6 +218,11 @@ def _by_margins(
         warnings += (
             f"bias: the sum over the margins moves by {fitted.gap:+.3f} nats with the number of neighbours; p has mass "
             "where q has few samples, and a bias of that order may be left",
+        )
+    if p.shape[1] > FEW_COLUMNS:
+        warnings += (
+            f"dimension: the divergences of {p.shape[1]} margins are added up, with a bias of some thousandths "
+            "each that the interval does not hold",
         )
     outside = float(np.maximum(p < q.min(axis=0), p > q.max(axis=0)).mean(axis=0).max())
     if outside > _OUTSIDE:
