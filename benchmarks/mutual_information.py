@@ -20,6 +20,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from known_laws import LAWS, Law
@@ -74,7 +75,7 @@ def timed(estimate: Callable[[], float | None]) -> tuple[float | None, float]:
 
 
 def published() -> list[Law]:
-    """The benchmark tasks that come with bmi, on which nothing here was developed."""
+    """The benchmark tasks that come with bmi, to which nothing here was fitted."""
     import bmi
 
     def law(task: bmi.Task) -> Law:
@@ -88,14 +89,24 @@ def published() -> list[Law]:
     return [law(task) for task in bmi.benchmark.BENCHMARK_TASKS.values()]
 
 
+class Beside(NamedTuple):
+    """One law: our mean error and the best peer's, their ratio, and our time over the fastest peer's."""
+
+    hard: bool
+    columns: int
+    ours: float
+    best: float
+    ratio: float
+    time: float
+
+
 def errors(laws: list[Law], draws: int, word: str) -> None:
     others = peers()
     print(
         f"{N} samples, mean of {draws} draws; error in nats / CPU seconds; ratios to the best and to the fastest peer"
     )
     print(f"{'law':28s} {'truth':>6s} {'tinyalign':>15s} {'error':>6s} {'time':>6s}  " + "  ".join(others))
-    ratios: dict[bool, list[float]] = {False: [], True: []}
-    slow = []
+    rows = []
     for number, law in enumerate(laws):
         if word not in law.name:
             continue
@@ -109,25 +120,33 @@ def errors(laws: list[Law], draws: int, word: str) -> None:
                 value, seconds = timed(side)
                 if value is not None:
                     found.setdefault(name, []).append((abs(value - law.truth), seconds))
-        mean = {name: (np.mean([e for e, _ in rows]), min(t for _, t in rows)) for name, rows in found.items()}
+        mean = {name: (float(np.mean([e for e, _ in each])), min(t for _, t in each)) for name, each in found.items()}
         ours = mean.pop("tinyalign")
         line = f"{law.name:28s} {law.truth:6.3f} {ours[0]:7.4f} /{ours[1]:6.3f}"
         if mean:
             best, fastest = min(e for e, _ in mean.values()), min(t for _, t in mean.values())
-            ratios[law.hard].append(np.log(max(ours[0], 5e-4) / max(best, 5e-4)))
-            line += f" {ours[0] / max(best, 5e-4):6.2f} {ours[1] / fastest:6.2f}  "
-            if x.shape[1] + y.shape[1] <= 8:
-                slow.append(ours[1] / fastest)
+            ratio = max(ours[0], 5e-4) / max(best, 5e-4)
+            rows.append(Beside(law.hard, x.shape[1] + y.shape[1], ours[0], best, ratio, ours[1] / fastest))
+            line += f" {ratio:6.2f} {ours[1] / fastest:6.2f}  "
         print(line + "  ".join(f"{name} {e:.4f} /{t:.3f}" for name, (e, t) in mean.items()), flush=True)
-    for hard, logs in ratios.items():
-        if logs:
-            kind = "hard" if hard else "ordinary"
-            print(f"geometric mean of the error ratios, {len(logs)} {kind} laws: {np.exp(np.mean(logs)):.3f}")
-    if slow:
-        print(
-            f"CPU time over the fastest peer, {len(slow)} laws of up to 4+4 columns: median {np.median(slow):.2f}, "
-            f"largest {max(slow):.2f}, above 1.5 in {sum(ratio > 1.5 for ratio in slow)}"
-        )
+    summary(rows)
+
+
+def summary(rows: list[Beside]) -> None:
+    for hard in (False, True):
+        kind = "hard" if hard else "ordinary"
+        for low, high in ((2, 3), (4, 6), (7, 10), (11, 200), (2, 200)):
+            part = [row for row in rows if row.hard == hard and low <= row.columns <= high]
+            if not part:
+                continue
+            ratio = np.exp(np.mean([np.log(row.ratio) for row in part]))
+            times = [row.time for row in part]
+            ours, best = (np.mean([getattr(row, side) for row in part]) for side in ("ours", "best"))
+            print(
+                f"{len(part)} {kind} laws, {low} to {high} columns: error {ours:.3f}, best peer {best:.3f}; ratio "
+                f"{ratio:.3f} (geometric mean), at most {max(row.ratio for row in part):.2f}; CPU over the fastest "
+                f"{min(times):.2f} to {max(times):.2f}"
+            )
 
 
 def cover(name: str, truth: float, estimate: Callable[[int], Estimate], repetitions: int) -> None:
