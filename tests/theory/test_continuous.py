@@ -22,6 +22,7 @@ from tinyalign.theory.counting import count_within
 from tinyalign.theory.divergence import plane_bias
 from tinyalign.theory.nearest import ksg_local
 from tinyalign.theory.neighbours import kth_distance
+from tinyalign.theory.smooth import squares_departure
 
 
 def gaussian(n: int, rhos: list[float], seed: int, extra: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
@@ -239,6 +240,29 @@ def test_a_hint_of_neighbours_is_enough_where_ranks_speak_against_the_law(seed: 
     truth = student_truth(1.0, 2, 2) + held
     assert result.method == "surrogate"
     assert abs(result.value - truth) < abs(result.candidates["student"] - truth) - 0.1
+
+
+@pytest.mark.parametrize("shape", ["product", "ring", "ring of y"])
+def test_what_is_hidden_among_too_many_columns_for_neighbours_is_said(shape: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 2000, 10))
+    assert not mutual_information(x, y).warnings
+    if shape == "product":
+        y[:, 3] += 2 * x[:, 0] * x[:, 7]
+    elif shape == "ring":
+        y[:, 3] += 0.11 * x[:, 2] ** 2
+    else:
+        x[:, 3] += 0.11 * y[:, 2] ** 2
+    result = mutual_information(x, y)
+    assert result.method == "copula"
+    assert result.warned("law")
+    assert "squares of a column" in result.warnings[0]
+
+
+def test_squares_of_a_strong_correlation_are_no_departure() -> None:
+    found = [squares_departure(fit_gaussian(normal_scores(np.hstack(gaussian(1000, [0.9, 0.5], seed, 8)[:2])), 10))
+             for seed in range(40)]  # fmt: skip
+    assert sum(doubted for _, doubted in found) <= 3  # 1 % each
 
 
 def test_independence_contains_zero_and_negatives_are_shown() -> None:

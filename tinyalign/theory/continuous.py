@@ -21,7 +21,7 @@ from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import information_interval
 from tinyalign.theory.neighbours import SHARED
-from tinyalign.theory.smooth import rank_departure, smooth_test
+from tinyalign.theory.smooth import rank_departure, smooth_test, squares_departure
 
 __all__ = ["continuous_information"]
 
@@ -167,6 +167,13 @@ def _parametric(
             f"law: ranks of the leading canonical pairs depart from the fitted {name} law by {departure:.1f} standard "
             "errors; the interval takes the law for granted, so look at the other candidates",
         )
+    if len(law.correlation) > _WHOLE and math.isinf(law.freedom):
+        departure, doubted = squares_departure(law)
+        if doubted:
+            warnings += (
+                f"law: squares of a column of x and one of y move together by {departure:.1f} standard errors beyond "
+                "the copula, in more columns than neighbours can search; what they share is not in the value",
+            )
     return Estimate(
         value,
         low,

@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from tinyalign.theory.copula import EllipticalCopula
 
-__all__ = ["Moments", "rank_departure", "smooth_test"]
+__all__ = ["Moments", "rank_departure", "smooth_test", "squares_departure"]
 
 FloatArray = NDArray[np.float64]
 _PAIRS = 5
@@ -19,6 +19,7 @@ _REJECT = 4.5  # standard errors
 _LEVEL = 5e-4  # chance of calling an elliptical law turned
 _ORDERS = 8  # of Legendre polynomials; of their products those of orders whose product is no larger
 _DOUBT = 0.05  # chance of doubting the law that holds
+_HIDDEN = 0.01  # chance of finding squares that move together under the law
 _ELLIPTICAL = 5.5  # standard errors beyond which a moment speaks against every elliptical law
 
 
@@ -126,6 +127,28 @@ def rank_departure(law: EllipticalCopula) -> tuple[float, bool]:
             statistic = n * float((products[used] ** 2).sum())
             worst = max(worst, _deviation(statistic, count))
     return worst, worst > float(ndtri(1.0 - _DOUBT / pairs))
+
+
+def squares_departure(law: EllipticalCopula) -> tuple[float, bool]:
+    """Say whether squares of single columns move together by more than a Gaussian law lets them.
+
+    Where neighbours cannot fill all columns this is what is left to see of a product, a ring or clusters among them.
+    Under the law the squares of two columns correlate by the square of their correlation, a square and a column not at
+    all.
+
+    Returns:
+        The largest deviation over pairs of columns, in standard errors, and whether it speaks against the law.
+    """
+    n, s = law.n, law.split
+    x, y = law.points[:, :s], law.points[:, s:]
+    correlation = law.correlation[:s, s:]
+    x2, y2 = (x**2 - 1) / math.sqrt(2), (y**2 - 1) / math.sqrt(2)
+    worst = 0.0
+    for left, right, expected in ((x2, y2, correlation**2), (x, y2, 0.0), (x2, y, 0.0)):
+        mean = left.T @ right / n
+        variance = (left**2).T @ right**2 / n - mean**2
+        worst = max(worst, float((np.abs(mean - expected) / np.sqrt(variance / n)).max()))
+    return worst, worst > float(ndtri(1.0 - 0.5 * _HIDDEN / (3 * correlation.size)))
 
 
 def _legendre(values: FloatArray) -> FloatArray:
