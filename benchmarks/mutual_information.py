@@ -20,7 +20,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from known_laws import LAWS, Law
@@ -87,6 +87,10 @@ def published() -> list[Law]:
         return Law(task.id, hard, float(task.mutual_information), sample)
 
     return [law(task) for task in bmi.benchmark.BENCHMARK_TASKS.values()]
+
+
+def cases_of(part: str) -> list[Any]:
+    return published() if part == "published" else {"mi": LAWS, "kl": PAIRS, "labels": CLASSES}[part]
 
 
 class Beside(NamedTuple):
@@ -164,7 +168,7 @@ def cover(name: str, truth: float, estimate: Callable[[int], Estimate], repetiti
 def coverage(part: str, repetitions: int, word: str) -> None:
     count = N if part in ("mi", "published") else FEW
     print(f"{repetitions} repetitions of {count} samples; intervals at 95 %")
-    for case in {"mi": LAWS, "kl": PAIRS, "labels": CLASSES}.get(part) or published():
+    for case in cases_of(part):
         if word not in case.name or "128" in case.name:
             continue
 
@@ -177,12 +181,12 @@ def coverage(part: str, repetitions: int, word: str) -> None:
 
 def beside(part: str, draws: int, word: str) -> None:
     """Our error and time on divergences or labels, beside the plain nearest neighbours among our own candidates."""
-    cases, estimate, plain, said = {
-        "kl": (PAIRS, kl_from_samples, "knn", "plain nearest neighbours"),
-        "labels": (CLASSES, mutual_information, "ross", "Ross's neighbours"),
+    estimate, plain, said = {
+        "kl": (kl_from_samples, "knn", "plain nearest neighbours"),
+        "labels": (mutual_information, "ross", "Ross's neighbours"),
     }[part]
     print(f"{N} samples, {draws} draws; mean absolute error in nats / CPU seconds (what was chosen)")
-    for number, case in enumerate(cases):
+    for number, case in enumerate(cases_of(part)):
         if word not in case.name:
             continue
         ours, near, seconds, methods = [], [], [], set()
@@ -247,7 +251,7 @@ def main() -> None:
         elif arguments.part in ("kl", "labels"):
             beside(arguments.part, arguments.draws, arguments.laws)
         else:
-            errors(published() if arguments.part == "published" else LAWS, arguments.draws, arguments.laws)
+            errors(cases_of(arguments.part), arguments.draws, arguments.laws)
 
 
 if __name__ == "__main__":

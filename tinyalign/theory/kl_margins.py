@@ -21,7 +21,7 @@ from tinyalign.theory.neighbours import kth_distances
 __all__ = ["FEW_COLUMNS", "SHARING", "Margins", "margins_divergence", "redraw"]
 
 FloatArray = NDArray[np.float64]
-FEW_COLUMNS = 4
+FEW_COLUMNS = 4  # up to which near neighbours are taken on each margin
 _KS = {True: (4, 16), False: (16, 64)}  # many columns add up the noise of near neighbours
 _POWER = 0.75  # of k / n, with which the bias on a line grows: between a smooth law's and an edge's
 _DEPENDENT = 4.0  # standard errors of the squared correlations
