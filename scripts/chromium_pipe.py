@@ -7,6 +7,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -58,7 +59,9 @@ class Chromium:
         self._process = subprocess.Popen(
             [binary, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             preexec_fn=connect,
+            start_new_session=True,
             close_fds=False,
+            env=os.environ | {"TMPDIR": profile},  # whatever it leaves goes with its profile
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -68,17 +71,22 @@ class Chromium:
         self.problems: list[str] = []
         self.requests: list[str] = []
         self._loaded = False
-        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self._ask(f"{domain}.enable")
+        try:
+            target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self._ask(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Chromium:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
+        # All of it at once: its network and storage processes outlive the first one and go on writing to the profile.
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         os.close(self._to)
         os.close(self._from)
 
@@ -121,7 +129,10 @@ class Chromium:
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
+        try:
+            os.write(self._to, json.dumps(message).encode() + b"\0")
+        except BrokenPipeError:
+            raise RuntimeError("Chromium ended") from None
         end = time.monotonic() + PATIENCE
         while True:
             answer = self._receive(end)
