@@ -133,6 +133,9 @@ ones = torch.ones(2, 4), torch.ones(2, 2, 3)
         (*ones, {"metadata": [{}, "text"]}, TypeError, "metadata must be dicts, got str in row 1"),
         (*ones, {"metadata": [{}, {"a": torch.ones(1)}]}, TypeError, "metadata must be plain JSON.* in row 1"),
         (*ones, {"metadata": [{}, {"a": float("nan")}]}, TypeError, "metadata must be plain JSON"),
+        (*ones, {"metadata": [{}, {1: 2}]}, TypeError, "metadata must be plain JSON values, got the key 1 in row 1"),
+        (*ones, {"metadata": [{"a": [{None: 2}]}, {}]}, TypeError, "got the key None in row 0"),
+        (ones[0].to_sparse(), ones[1], {}, TypeError, "keys must be dense, got torch.sparse_coo. Convert it with"),
     ],
 )
 def test_a_refused_add_changes_nothing(keys, values, options, error, message):
@@ -152,6 +155,11 @@ def test_a_refused_add_changes_nothing(keys, values, options, error, message):
         ((0, (1,)), {}, ValueError, "key_dim must be positive, got 0"),
         ((4, ()), {}, ValueError, r"value_shape must be positive sizes, got \(\)"),
         ((4, (2, 0)), {}, ValueError, r"got \(2, 0\)"),
+        (("4", (1,)), {}, ValueError, "key_dim must be an integer, got '4'. Give the width"),
+        ((4.5, (1,)), {}, ValueError, "key_dim must be an integer, got 4.5"),
+        ((True, (1,)), {}, ValueError, "key_dim must be an integer, got True"),
+        ((4, 5), {}, ValueError, r"value_shape must be integers, got 5. Give \(L, D\)"),
+        ((4, (2.5, 3)), {}, ValueError, r"value_shape must be integers, got \(2.5, 3\)"),
         ((4, (1,)), {"metric": "l2"}, ValueError, "metric must be 'cosine' or 'ip', got 'l2'"),
         ((4, (1,)), {"key_dtype": torch.int8}, ValueError, "key_dtype must be one of .*, got torch.int8"),
         ((4, (1,)), {"value_dtype": torch.int64}, ValueError, "value_dtype must be one of .*, got torch.int64"),

@@ -219,6 +219,13 @@ def test_fingerprint_of_a_query(random_bank):
         (torch.ones(2, 8), {"k": True}, ValueError, "got True"),
         (torch.ones(2, 8), {"exclude_ids": [1]}, ValueError, r"one row per query, got shape \(1, 1\) for 2 queries"),
         (torch.ones(2, 8), {"exclude_ids": [[1.5], []]}, TypeError, "exclude_ids must hold integers, got 1.5"),
+        (torch.ones(1, 8), {"exclude_ids": 100}, TypeError, "exclude_ids must be a list or tensor, got 100. Pass one"),
+        (
+            torch.ones(2, 8),
+            {"exclude_groups": [3, 2**70]},
+            ValueError,
+            r"exclude_groups must be below 2\*\*63, got 118",
+        ),
         (
             torch.ones(2, 8),
             {"exclude_groups": torch.ones(2)},

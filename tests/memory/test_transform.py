@@ -107,6 +107,9 @@ def test_packed_is_undone():
         ),
         (lambda: KeyTransform.fit(torch.zeros(0, 3)), r"keys must have shape \(M, D\), got \(0, 3\)"),
         (lambda: KeyTransform.fit(torch.ones(2, 3), dim=4), "dim must be from 1 to 3, got 4"),
+        (lambda: KeyTransform.fit(torch.ones(2, 3), dim=1.5), "dim must be from 1 to 3, got 1.5"),
+        (lambda: KeyTransform.fit(torch.tensor([[1.0], [float("nan")]])), "keys must be finite, .* in row 1"),
+        (lambda: KeyTransform.fit(torch.ones(2, 3), metric="l2"), "metric must be 'cosine' or 'ip', got 'l2'. Pass"),
         (lambda: MemoryBank(3, (1,), transform=KeyTransform(torch.zeros(2))), "keys of width 3, got 2"),
     ],
 )

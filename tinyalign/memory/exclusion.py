@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ def padded_ids(exclude: Any, num_queries: int, caller: str, name: str) -> np.nda
     if exclude is None:
         return None
     if not isinstance(exclude, (Tensor, np.ndarray)):
+        if not isinstance(exclude, Iterable):
+            raise TypeError(f"{caller}: {name} must be a list or tensor, got {exclude!r}. Pass one row per query.")
         exclude = _from_lists(exclude, caller, name)
     table = exclude.detach().cpu().numpy() if isinstance(exclude, Tensor) else exclude
     if table.dtype == np.bool_ or not np.issubdtype(table.dtype, np.integer):
@@ -39,7 +41,7 @@ def padded_ids(exclude: Any, num_queries: int, caller: str, name: str) -> np.nda
     return table.astype(np.int64)
 
 
-def _from_lists(exclude: Sequence[Any], caller: str, name: str) -> np.ndarray:
+def _from_lists(exclude: Iterable[Any], caller: str, name: str) -> np.ndarray:
     rows = [list(r) if isinstance(r, (list, tuple, set, frozenset)) else r for r in exclude]
     rows = [r.tolist() if isinstance(r, (Tensor, np.ndarray)) else r for r in rows]
     rows = [r if isinstance(r, list) else [r] for r in rows]
@@ -49,7 +51,12 @@ def _from_lists(exclude: Sequence[Any], caller: str, name: str) -> np.ndarray:
                 raise TypeError(f"{caller}: {name} must hold integers, got {entry!r}. Pass the ids given to add().")
     table = np.full((len(rows), max((len(r) for r in rows), default=0)), -1, dtype=np.int64)
     for at, row in enumerate(rows):
-        table[at, : len(row)] = row
+        try:
+            table[at, : len(row)] = row
+        except OverflowError as error:
+            raise ValueError(
+                f"{caller}: {name} must be below 2**63, got {max(row, key=abs)}. Pass the ids given to add()."
+            ) from error
     return table
 
 

@@ -22,6 +22,8 @@ def float_rows(tensor: Any, width: tuple[int, ...], caller: str, name: str) -> T
         raise TypeError(
             f"{caller}: {name} must be a tensor, got {type(tensor).__name__}. Convert it with torch.as_tensor."
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{caller}: {name} must be dense, got {tensor.layout}. Convert it with .to_dense().")
     if not tensor.is_floating_point():
         raise TypeError(f"{caller}: {name} must be floating point, got {tensor.dtype}. Convert it with .float().")
     if tensor.ndim != 1 + len(width) or tuple(tensor.shape[1:]) != width:
@@ -127,8 +129,20 @@ def notes_of(metadata: Sequence[Mapping[str, Any] | None] | None, count: int, ca
             )
         try:
             notes.append(encode_note(None if note is None else dict(note)))
-        except (TypeError, ValueError) as error:
+            _text_keys(note)
+        except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
                 f"{caller}: metadata must be plain JSON values, got {error} in row {row}. Use text and numbers."
             ) from error
     return notes
+
+
+def _text_keys(value: Any) -> None:
+    """Refuse what JSON would turn into text: it would come back as another key."""
+    if isinstance(value, Mapping):
+        other = [key for key in value if not isinstance(key, str)]
+        if other:
+            raise TypeError(f"the key {other[0]!r}")
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _text_keys(part)

@@ -8,7 +8,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tinyalign.memory.inputs import float_rows, normalised
+from tinyalign.memory.inputs import finite_rows, float_rows, normalised
+from tinyalign.memory.manifest import METRICS
 
 
 class KeyTransform:
@@ -73,14 +74,16 @@ class KeyTransform:
             keys: (M, D).
 
         Raises:
-            ValueError: there are no keys, or ``dim`` is out of range.
+            ValueError: there are no keys, one is not finite, ``dim`` is out of range or the metric unknown.
         """
         where = "KeyTransform.fit"
         if keys.ndim != 2 or not keys.shape[0]:
             raise ValueError(f"{where}: keys must have shape (M, D), got {tuple(keys.shape)}. Pass a sample of keys.")
-        if dim is not None and not 1 <= dim <= keys.shape[1]:
+        if metric not in METRICS:
+            raise ValueError(f"{where}: metric must be 'cosine' or 'ip', got {metric!r}. Pass that of the bank.")
+        if dim is not None and dim not in range(1, keys.shape[1] + 1):
             raise ValueError(f"{where}: dim must be from 1 to {keys.shape[1]}, got {dim}. Keep that many directions.")
-        sample = float_rows(keys, (keys.shape[1],), where, "keys")
+        sample = finite_rows(float_rows(keys, (keys.shape[1],), where, "keys"), where, "keys")
         sample = (normalised(sample, where, "keys") if metric == "cosine" else sample).to(torch.float64)
         mean = sample.mean(0)
         if not whiten and dim is None:
