@@ -162,6 +162,14 @@ def test_what_an_index_refuses():
         bank.build_index("IVF64,Flat")
     with pytest.raises(BankError, match="'bananas': 3"):
         bank.build_index("Flat", parameters={"bananas": 3})
+    for wrong in (-3, "x"):
+        with pytest.raises(
+            BankError, match=f"got 'IVF2,Flat' with {{'nprobe': {wrong!r}}}: .*See faiss's index_factory"
+        ):
+            bank.build_index("IVF2,Flat", parameters={"nprobe": wrong})
+    for wrong in (-5, 2.5, "x"):
+        with pytest.raises(ValueError, match=f"candidates must be an integer from 0, got {wrong!r}. Leave it out"):
+            bank.build_index("Flat", candidates=wrong)
     with pytest.raises(BankError, match="the bank must hold entries, got 0"):
         MemoryBank(4, (1,)).build_index("Flat")
     bank.build_index("Flat")

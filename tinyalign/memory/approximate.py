@@ -27,12 +27,16 @@ class FaissIndex:
         parameters: of the index by faiss's names, such as ``{"nprobe": 64}`` or ``{"efSearch": 200}``.
 
     Raises:
+        ValueError: ``candidates`` is negative or no integer.
         BankError: faiss refuses the string, a parameter or the number of entries.
     """
 
     def __init__(self, table: RowTable, factory: str, candidates: int, parameters: dict[str, float]) -> None:
         import faiss
 
+        if isinstance(candidates, bool) or not isinstance(candidates, (int, np.integer)) or candidates < 0:
+            where, found = "MemoryBank.build_index", repr(candidates)
+            raise ValueError(f"{where}: candidates must be an integer from 0, got {found}. Leave it out for k + 8.")
         self.version, self.factory, self.candidates = table.version, factory, candidates
         self.rows = table.live_rows()
         width = int(table.gather(torch.from_numpy(self.rows[:1]), "keys").shape[1])
@@ -45,7 +49,8 @@ class FaissIndex:
                 self.index.add(self._keys(table, self.rows[at : at + ROWS_AT_ONCE]))
             for name, value in parameters.items():
                 faiss.ParameterSpace().set_index_parameter(self.index, name, value)
-        except (RuntimeError, AssertionError) as error:
+            self.index.search(self._keys(table, self.rows[:1]), 1)  # some parameters are refused only here
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
             raise BankError(
                 f"MemoryBank.build_index: factory must be one that faiss builds over {len(self.rows)} entries of width "
