@@ -79,6 +79,25 @@ def test_padding_on_either_side_and_of_any_content_changes_nothing(fusion, text_
 
 
 @pytest.mark.parametrize("fusion", ["balanced", "joint"])
+@pytest.mark.parametrize("text_dim", [None, 10])
+def test_masked_nan_reaches_neither_value_nor_gradient(fusion, text_dim):
+    compressor = build(fusion=fusion, text_dim=text_dim)
+    image, text = example(text_dim=text_dim)
+    image_mask, text_mask = torch.rand(image.shape[:2]) < 0.5, torch.rand(text.shape[:2]) < 0.5
+    image_mask[0] = text_mask[1] = False
+    found = []
+    for junk in (0.0, float("nan")):
+        image = image.masked_fill(~image_mask[..., None], junk)
+        text = text if text_dim is None else text.masked_fill(~text_mask[..., None], junk)
+        value = compressor(image, text, image_mask, text_mask)
+        grads = torch.autograd.grad(value.square().sum(), list(compressor.parameters()), allow_unused=True)
+        with torch.no_grad():
+            assert torch.equal(compressor(image, text, image_mask, text_mask), value)
+        found.append([value, *(grad for grad in grads if grad is not None)])
+    assert all(torch.equal(clean, dirty) for clean, dirty in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("fusion", ["balanced", "joint"])
 def test_no_text_is_the_same_in_each_of_its_forms(fusion):
     compressor = build(fusion=fusion)
     image, text = example()

@@ -124,7 +124,12 @@ def test_padding_with_nan_changes_nothing():
     inputs = torch.randn(2, 5, 8)
     padded = torch.cat((inputs, torch.full((2, 3, 8), float("nan"))), dim=1)
     mask = torch.arange(8)[None].expand(2, -1) < 5
-    torch.testing.assert_close(encoder(padded, mask), encoder(inputs))
+    value = encoder(padded, mask)
+    torch.testing.assert_close(value, encoder(inputs))
+    with torch.no_grad():  # where keys and values are blanked in place of the inputs
+        assert torch.equal(encoder(padded, mask), value)
+    value.square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in encoder.parameters())
 
 
 def test_one_token_moves_every_latent_alike_in_attention():

@@ -82,6 +82,23 @@ def test_padding_and_batch_mates_do_not_enter_the_loss():
         torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize("num_patches", [None, 4])
+@pytest.mark.parametrize("text_dim", [None, 10])
+def test_padding_of_any_content_leaves_the_same_gradients(text_dim, num_patches):
+    weights = LossWeights(bag=0.3, contrastive=1.0)
+    twins = [build(text_dim=text_dim, weights=weights, num_patches=num_patches, caption_dropout=0.3) for _ in range(2)]
+    image, text = example()
+    text = text if text_dim is None else torch.randn(8, 6, text_dim)
+    image_mask, text_mask = torch.rand(8, 9) < 0.6, torch.rand(8, 6) < 0.6
+    image_mask[0] = text_mask[1] = False
+    for pretrainer, junk in zip(twins, (0.0, float("nan")), strict=True):
+        image = image.masked_fill(~image_mask[..., None], junk)
+        text = text if text_dim is None else text.masked_fill(~text_mask[..., None], junk)
+        pretrainer(image, text, image_mask, text_mask, generator=torch.Generator().manual_seed(0)).loss.backward()
+    for (name, clean), dirty in zip(twins[0].named_parameters(), twins[1].parameters(), strict=True):
+        assert torch.equal(clean.grad, dirty.grad), name
+
+
 def test_rows_without_caption_count_for_the_image_only():
     pretrainer = build(weights=LossWeights(contrastive=1.0)).eval()
     image, text = example()

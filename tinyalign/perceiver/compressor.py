@@ -203,6 +203,8 @@ class PerceiverCompressor(nn.Module):
             )
         if image_mask is not None:
             check_mask(where, "image_mask", image_mask, (image_features.shape[0], image_features.shape[1]))
+            if torch.is_grad_enabled():  # the gradient of the projection multiplies by masked patches, NaN or not
+                image_features = image_features.masked_fill(~image_mask.unsqueeze(2), 0.0)
         image = self._project(image_features)
         if text is None:
             return self.encoder(image, image_mask)  # type: ignore[no-any-return]

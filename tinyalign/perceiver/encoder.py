@@ -110,8 +110,6 @@ class PerceiverEncoder(nn.Module):
         inputs = inputs.to(self.latents.dtype)
         if mask is not None:
             check_mask("PerceiverEncoder.forward", "mask", mask, (inputs.shape[0], inputs.shape[1]))
-            # Attention weighs a masked token with zero, and zero times NaN is NaN.
-            inputs = inputs.masked_fill(~mask.unsqueeze(-1), 0.0)
         read: Tensor = self.cross_attention(self.latents.unsqueeze(0), inputs, mask)
         return read
 

@@ -27,7 +27,7 @@ class PerceiverLayer(nn.Module):
 
     Shape:
         latents: (B, L, latent_dim) or, in a cross-attention, (1, L, latent_dim). inputs: (B, S, input_dim), or packed.
-        keep: (B, S), bool. returns: (B, L, latent_dim).
+        keep: (B, S), bool; what it hides may be NaN. returns: (B, L, latent_dim).
 
     Raises:
         ValueError: a width that the heads do not divide.
@@ -80,11 +80,17 @@ class PerceiverLayer(nn.Module):
         """Update the latents from the inputs (cross-attention) or from themselves."""
         normed = self.latent_norm(latents)
         tokens = inputs.tokens if isinstance(inputs, PackedTokens) else inputs
+        # Attention weighs a masked token with zero, and zero times NaN is NaN. The way back multiplies by the tokens
+        # themselves, which are long; without it, blank keys and values are enough.
+        if keep is not None and tokens is not None and torch.is_grad_enabled():
+            tokens = tokens.masked_fill(~keep.unsqueeze(-1), 0.0)
         source = normed if self.input_norm is None or tokens is None else self.input_norm(tokens)
         qk_dim, v_dim = self._run_width(self.qk_dim, source), self._run_width(self.v_dim, source)
         q = split_heads(_project(self.query, normed, self.num_heads, qk_dim), self.num_heads)
         k = _project(self.key, source, self.num_heads, qk_dim)
         v = _project(self.value, source, self.num_heads, v_dim)
+        if keep is not None and not torch.is_grad_enabled():
+            k, v = (projected.masked_fill(~keep.unsqueeze(-1), 0.0) for projected in (k, v))
         scale = self.qk_dim**-0.5
         if isinstance(inputs, PackedTokens):
             k, v = k.reshape(k.shape[0], self.num_heads, qk_dim), v.reshape(v.shape[0], self.num_heads, v_dim)

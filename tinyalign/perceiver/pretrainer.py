@@ -265,16 +265,14 @@ class PerceiverPretrainer(nn.Module):
             positions = draw.topk(self.num_patches, dim=1).indices
             features = features.gather(1, positions[..., None].expand(-1, -1, features.shape[2]))
             mask = None if mask is None else mask.gather(1, positions)
-        target = self.compressor.normalise(features.to(latents.dtype))
-        error = (reader(latents, positions) - target).square().mean(dim=-1)
+        error = _mean_square(reader(latents, positions) - self.compressor.normalise(features.to(latents.dtype)), mask)
         return _masked_mean(error, torch.ones_like(error, dtype=torch.bool) if mask is None else mask)
 
     def _text_errors(self, reader: LatentReader, latents: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """(B, T): nats per token id, or the squared error of a normalised embedding."""
         read: Tensor = reader(latents, kept_positions(mask))
         if self.compressor.text_dim is not None:
-            target = F.layer_norm(text.to(read.dtype), text.shape[-1:])
-            return (read - target).square().mean(dim=-1)
+            return _mean_square(read - F.layer_norm(text.to(read.dtype), text.shape[-1:]), mask)
         tokens = text.masked_fill(~mask, 0)  # padding may be any number, also outside the vocabulary
         nll: Tensor = F.cross_entropy(self.token_logits(read).flatten(0, 1).float(), tokens.flatten(), reduction="none")
         return nll.view_as(tokens)
@@ -320,6 +318,12 @@ def shuffled_places(mask: Tensor, generator: torch.Generator | None) -> Tensor:
     draw = torch.rand(flat.shape, generator=generator, device=mask.device)
     order = (draw + 2.0 * ~flat).argsort()  # kept places first
     return order[(flat.long().cumsum(0) - 1).clamp(min=0)].view_as(mask)
+
+
+def _mean_square(errors: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, width) to (B, T). Masked errors are blanked first: a NaN among them would pass every later mask backward."""
+    errors = errors if mask is None else errors.masked_fill(~mask.unsqueeze(2), 0.0)
+    return errors.square().mean(dim=-1)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
