@@ -9,17 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from tinyalign.memory import BankError, FingerprintMismatch, MemoryBank, UnknownIdError
+from tinyalign.memory import (
+    BankError,
+    FingerprintMismatch,
+    KeyTransform,
+    MemoryBank,
+    NeighbourTable,
+    UnknownIdError,
+    precompute_neighbours,
+    score_report,
+)
 from tinyalign.memory.collection import FORMAT, PROPERTY
 
 WITH_MILVUS = importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite")
 PRINT = {"key.encoder": "test", "data.n": 3}
 
 
-def milvus(path, **options):
+def milvus(path, *sizes, **options):
     from tinyalign.memory.milvus import MilvusMemoryBank
 
-    return MilvusMemoryBank(str(path), **options)
+    return MilvusMemoryBank(str(path), *sizes, **options)
 
 
 @pytest.fixture(
@@ -148,6 +157,78 @@ def test_entries_by_id(filled):
     assert torch.equal(bank.groups, torch.arange(100, 160) // 3)
 
 
+def test_one_entry_as_a_whole(filled):
+    bank, keys, values = filled
+    entry = bank[np.int64(101)]
+    assert (entry.id, entry.group, entry.metadata) == (101, 33, {"n": 101})
+    assert torch.equal(entry.value.half(), values[1])
+    torch.testing.assert_close(entry.key, torch.nn.functional.normalize(keys[1], dim=-1), atol=1e-3, rtol=0)
+    assert (entry.key.dtype, bank.value_dtype) == (torch.float32, torch.float16)
+    with pytest.raises(UnknownIdError, match=r"\[id\]: ids must be in the bank, got 7"):
+        bank[7]
+
+
+def test_lists_and_arrays_do_as_well_as_tensors(filled):
+    bank, keys, values = filled
+    hits = bank.search(keys[:3].numpy(), np.int64(2), exclude_ids=np.arange(100, 103))
+    assert torch.equal(hits.ids, naive(keys, keys[:3], 2, [[100], [101], [102]])[1])
+    found, mask = bank.gather([159, -1])
+    assert torch.equal(found[0].half(), values[59])
+    assert mask.tolist() == [True, False]
+
+
+def test_keys_and_queries_as_they_are_compared(filled):
+    bank, keys, _ = filled
+    assert torch.equal(bank.keys(), bank.keys(bank.ids))
+    projected = bank.project(keys[:5] * 3)
+    torch.testing.assert_close(projected, torch.nn.functional.normalize(keys[:5], dim=-1))
+    scores = projected @ bank.keys().T
+    torch.testing.assert_close(bank.neighbours(keys[:5], 3).scores, scores.topk(3).values, atol=1e-3, rtol=0)
+    report = score_report(bank, keys[:5], k=3)
+    assert report.kth < report.best == pytest.approx(1, abs=1e-3)
+
+
+def test_the_fingerprint_is_required_by_fields(filled):
+    bank, _, _ = filled
+    bank.require_fingerprint({"key.encoder": "test"}, "key.")
+    with pytest.raises(
+        FingerprintMismatch, match=r"require_fingerprint: .* difference in data\.n \(bank: 3, given: 4\)"
+    ):
+        bank.require_fingerprint({**PRINT, "data.n": 4})
+
+
+def test_the_content_hash_names_keys_and_ids(filled):
+    bank, keys, values = filled
+    before = bank.content_hash()
+    assert len(before) == 32
+    bank.remove([159])
+    without = bank.content_hash()
+    bank.add(keys[59:], values[59:] + 1, ids=[159], groups=[4])
+    assert bank.content_hash() == before
+    bank.remove([159])
+    bank.add(keys[59:], values[59:], ids=[160])
+    assert len({bank.content_hash(), before, without}) == 3
+    bank.remove([160])
+    bank.add(-keys[59:], values[59:], ids=[159])
+    assert bank.content_hash() not in (before, without)
+
+
+def test_a_table_of_neighbours_is_tied_to_the_bank(filled, tmp_path):
+    bank, keys, _ = filled
+    options = {"k": 3, "sample_ids": bank.ids, "exclude_ids": bank.ids, "fingerprint": {"key.encoder": "test"}}
+    table = precompute_neighbours(bank, keys, path=tmp_path / "table", **options)
+    expected = bank.neighbours(keys[3:5], 3, exclude_ids=[103, 104])
+    assert torch.equal(table.lookup([103, 104]).ids, expected.ids)
+    NeighbourTable.load(tmp_path / "table", bank=bank)
+    bank.remove([100])
+    with pytest.raises(FingerprintMismatch, match=r"generation 0, 60 entries.*with 59 entries"):
+        NeighbourTable.load(tmp_path / "table", bank=bank)
+    with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'test', given: 'other'\)"):
+        precompute_neighbours(
+            bank, keys, **{**options, "path": tmp_path / "b", "fingerprint": {"key.encoder": "other"}}
+        )
+
+
 def test_removing(filled):
     bank, keys, values = filled
     assert bank.remove([100, 104]) == 2
@@ -224,7 +305,23 @@ def test_transfer_and_reopening(random_bank, tmp_path):
     assert back.metadata(back.ids) == bank.metadata(bank.ids)
     with pytest.raises(FingerprintMismatch, match=r"key.encoder"):
         again.add_bank(random_bank(3, start=9000, fingerprint={**PRINT, "key.encoder": "other"}))
+    with pytest.raises(BankError, match="add_bank: bank must have metric 'cosine', got 'ip'"):
+        again.add_bank(random_bank(3, start=9000, fingerprint=PRINT, metric="ip"))
+    centred = random_bank(3, start=9000, fingerprint=PRINT, transform=KeyTransform.fit(bank.keys()))
+    with pytest.raises(BankError, match=r"add_bank: bank must have no key transform.*search with bank.project"):
+        again.add_bank(centred)
+    assert len(again) == 700
     again.close()
+
+
+@pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
+def test_a_transform_goes_to_milvus_by_hand(random_bank, tmp_path):
+    transform = KeyTransform.fit(random_bank().keys() + 3, whiten=True, dim=6)
+    bank, queries = random_bank(transform=transform), torch.randn(5, 8)
+    remote = milvus(tmp_path / "bank.db", key_dim=6, value_shape=(2, 3))
+    remote.add(bank.keys(), bank.gather(bank.ids)[0], bank.ids, bank.groups)
+    assert torch.equal(remote.neighbours(bank.project(queries), 4).ids, bank.neighbours(queries, 4).ids)
+    remote.close()
 
 
 @pytest.mark.skipif(not WITH_MILVUS, reason="needs pymilvus and milvus-lite")
@@ -276,9 +373,15 @@ def test_a_server_holds_values_in_16_bits(tmp_path, monkeypatch):
 def test_a_collection_of_another_make(tmp_path):
     with pytest.raises(BankError, match="collection must exist, or key_dim and value_shape be given, got 'tinyalign'"):
         milvus(tmp_path / "bank.db")
-    milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3)).close()
-    with pytest.raises(BankError, match=r"sizes must be those of 'tinyalign', \(8, \(2, 3\)\), got \(9, \(2, 3\)\)"):
+    milvus(tmp_path / "bank.db", key_dim=8, value_shape=(2, 3), fingerprint=PRINT).close()
+    ours = r"sizes and metric must be those of 'tinyalign', \(8, \(2, 3\), 'cosine'\), got "
+    with pytest.raises(BankError, match=ours + r"\(9, \(2, 3\), 'cosine'\)"):
         milvus(tmp_path / "bank.db", key_dim=9)
+    with pytest.raises(BankError, match=ours + r"\(8, \(2, 3\), 'ip'\)"):
+        milvus(tmp_path / "bank.db", metric="ip")
+    with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'test', given: 'other'\)"):
+        milvus(tmp_path / "bank.db", fingerprint={**PRINT, "key.encoder": "other"})
+    milvus(tmp_path / "bank.db", 8, (2, 3), metric="cosine", fingerprint=PRINT).close()
     from pymilvus import MilvusClient
 
     client = MilvusClient(uri=str(tmp_path / "bank.db"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +49,72 @@ def test_queries_may_come_from_a_generator(random_bank, tmp_path):
         assert torch.equal(one, two)
 
 
+def test_queries_and_counts_may_be_of_numpy(random_bank, tmp_path):
+    bank = random_bank()
+    queries = torch.randn(10, 8).numpy()
+    whole = precompute_neighbours(bank, queries, np.int64(3), path=tmp_path / "a")
+    parts = precompute_neighbours(bank, iter([queries[:4], queries[4:]]), 3, path=tmp_path / "b")
+    expected = bank.neighbours(queries, 3)
+    for table in (whole, parts):
+        assert torch.equal(table.lookup(range(10)).ids, expected.ids)
+
+
+def test_queries_made_by_something_else_are_refused_before_any_search(random_bank, tmp_path):
+    bank = random_bank(fingerprint={"key.encoder": "clip", "value.encoder": "other"})
+    precompute_neighbours(bank, torch.randn(2, 8), 2, path=tmp_path / "t", fingerprint={"key.encoder": "clip"})
+    unread = iter([torch.randn(2, 8)])
+    with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'clip', given: 'dino'\)"):
+        precompute_neighbours(bank, unread, 2, path=tmp_path / "t", fingerprint={"key.encoder": "dino"})
+    assert len([*unread]) == 1
+
+
+def test_a_table_never_takes_the_place_of_anything_else(random_bank, tmp_path):
+    bank, queries = random_bank(), torch.randn(2, 8)
+    bank.save(tmp_path / "out" / "bank")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "table.json").write_text("{}")
+    for path, holding in [
+        ("out", r"out' holding 'bank'"),
+        ("out/bank", r"bank' holding 'lock'"),
+        ("file", r"the file '.*file'"),
+        ("other", r"other' holding 'table\.json'"),
+    ]:
+        with pytest.raises(BankError, match=f"path must be free, or hold a neighbour table alone, got .*{holding}"):
+            precompute_neighbours(bank, queries, 2, path=tmp_path / path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "other", "out"]
+    MemoryBank.load(tmp_path / "out" / "bank").verify()
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        precompute_neighbours(bank, queries, 2, path=tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert precompute_neighbours(bank, queries, 1, path=tmp_path / "link").k == 1
+    assert NeighbourTable.load(tmp_path / "empty").k == 1
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    with pytest.raises(BankError, match=r"holding 'notes\.txt'"):
+        precompute_neighbours(bank, queries, 2, path=tmp_path / "empty")
+
+
+def test_a_full_disk_leaves_the_old_table(random_bank, tmp_path, monkeypatch):
+    bank, path = random_bank(), tmp_path / "t"
+    precompute_neighbours(bank, torch.randn(3, 8), 2, path=path)
+
+    def full(error):
+        def write(*args):
+            raise OSError(error, os.strerror(error))
+
+        return write
+
+    monkeypatch.setattr("tinyalign.memory.neighbours.write_blocks", full(errno.ENOSPC))
+    with pytest.raises(BankError, match=r"disk of .*t must have room for the table, got 'No space left on device'"):
+        precompute_neighbours(bank, torch.randn(4, 8), 2, path=path)
+    monkeypatch.setattr("tinyalign.memory.neighbours.write_blocks", full(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        precompute_neighbours(bank, torch.randn(4, 8), 2, path=path)
+    assert len(NeighbourTable.load(path)) == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["t"]
+
+
 def test_missing_neighbours_stay_masked(random_bank, tmp_path):
     table = precompute_neighbours(random_bank(3), torch.randn(2, 8), 5, exclude_ids=[[100], []], path=tmp_path / "t")
     found = table.lookup([0, 1])
@@ -67,6 +136,17 @@ def test_tied_to_keys_and_ids_but_not_to_how_they_are_stored(random_bank, tmp_pa
     other.fingerprint["key.encoder"] = "clip"
     with pytest.raises(FingerprintMismatch, match=r"key\.encoder"):
         NeighbourTable.load(tmp_path / "t", bank=other)
+
+
+def test_tied_to_the_groups_only_where_some_were_excluded(random_bank, tmp_path):
+    bank, regrouped = random_bank(), random_bank(group_of=2)
+    queries, groups = bank.keys()[:4], bank.groups[:4]
+    precompute_neighbours(bank, queries, 2, path=tmp_path / "free")
+    assert "groups" not in NeighbourTable.load(tmp_path / "free", bank=regrouped).facts
+    precompute_neighbours(bank, queries, 2, exclude_groups=groups, path=tmp_path / "bound")
+    NeighbourTable.load(tmp_path / "bound", bank=random_bank())
+    with pytest.raises(FingerprintMismatch, match=r"bank must have the groups that were excluded .* Run precompute"):
+        NeighbourTable.load(tmp_path / "bound", bank=regrouped)
 
 
 def test_what_is_damaged_is_named(random_bank, tmp_path):

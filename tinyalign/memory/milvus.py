@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from tinyalign.memory import inputs
@@ -16,7 +17,7 @@ from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.exclusion import padded_ids
 from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
-from tinyalign.memory.retrieval import Hits, Limits, Neighbours
+from tinyalign.memory.retrieval import Entry, Hits, Limits, Neighbours
 from tinyalign.memory.segment import decode_note
 
 MOST_RESULTS = 16_384  # Milvus's own limit on one search
@@ -32,22 +33,28 @@ class MilvusMemoryBank:
     Keys are a vector field, values another (float16 on a server, float32 in milvus-lite, which has no other); ids and
     groups are numbers, metadata is JSON. A query's exclusions are met by asking for more neighbours and, where too few
     remain, by a filter of its own. Values come back in the same call as long as few more are asked for than are wanted.
-    Changes are durable at once or with ``commit``, as the server has it configured.
+    Changes are durable at once or with ``commit``, as the server has it configured. There are no generations: what a
+    neighbour table is tied to is ``content_hash``, which reads all keys.
 
     Args:
         uri: a path ending in ``.db`` (embedded milvus-lite), or the address of a server.
         key_dim: width of the keys; may be left out for a collection that exists.
         value_shape: shape of one value; likewise.
         collection: name of the collection.
-        metric: ``cosine`` or ``ip``.
-        fingerprint: as in ``MemoryBank``; stored with the collection.
-        index: Milvus's index of the keys, such as ``{"index_type": "HNSW", "params": {"M": 32}}``; exact when absent.
+        metric: ``cosine`` (when absent) or ``ip``; may be left out for a collection that exists.
+        fingerprint: as in ``MemoryBank``; stored with a new collection, compared with that of one that exists.
+        index: Milvus's index of the keys in a new collection, such as ``{"index_type": "HNSW", "params": {"M": 32}}``;
+            exact when absent.
         token: of the server.
 
     Raises:
         ImportError: pymilvus is not installed.
         BankError: the collection does not exist and no sizes were given, or it is something else.
+        FingerprintMismatch: the collection that exists was made by something else.
     """
+
+    generation = 0  # as of a MemoryBank that was not saved
+    key_dtype, value_dtype = torch.float32, torch.float16
 
     def __init__(
         self,
@@ -56,7 +63,7 @@ class MilvusMemoryBank:
         value_shape: Sequence[int] | None = None,
         *,
         collection: str = "tinyalign",
-        metric: str = "cosine",
+        metric: str | None = None,
         fingerprint: Mapping[str, Any] | None = None,
         index: Mapping[str, Any] | None = None,
         token: str = "",
@@ -69,18 +76,21 @@ class MilvusMemoryBank:
                     f"{uri!r}. Give the sizes to create it."
                 )
             shape = tuple(int(size) for size in value_shape)
-            spec = BankSpec(int(key_dim), shape, metric, torch.float32, torch.float16)
+            spec = BankSpec(int(key_dim), shape, metric or "cosine", self.key_dtype, self.value_dtype)
             prints = checked_fingerprint(fingerprint, CALLER)
             self._collection.create(spec, prints, dict(index or {"index_type": "FLAT"}))
         found: tuple[BankSpec, Fingerprint] = self._collection.open()
         self._spec, self.fingerprint = found
-        known = self._spec.key_dim, self._spec.value_shape
-        asked = known[0] if key_dim is None else key_dim, known[1] if value_shape is None else tuple(value_shape)
+        known = self.key_dim, self.value_shape, self.metric
+        given = key_dim, None if value_shape is None else tuple(value_shape), metric
+        asked = tuple(ours if theirs is None else theirs for ours, theirs in zip(known, given, strict=True))
         if asked != known:
             raise BankError(
-                f"{CALLER}: sizes must be those of {collection!r}, {known}, got {asked}. "
+                f"{CALLER}: sizes and metric must be those of {collection!r}, {known}, got {asked}. "
                 "Leave them out, or choose another collection."
             )
+        if fingerprint is not None:
+            self.require_fingerprint(fingerprint)
         self._checks = Contents(self._spec)  # holds no entries; prepares keys and queries as a bank does
 
     key_dim = property(lambda self: self._spec.key_dim, doc="Width of keys and queries.")
@@ -94,6 +104,13 @@ class MilvusMemoryBank:
         if isinstance(entry_id, bool) or not isinstance(entry_id, (int, np.integer)):
             return False
         return bool(self._collection.present([int(entry_id)]))
+
+    def __getitem__(self, entry_id: int) -> Entry:
+        where = f"{CALLER}[id]"
+        (wanted,) = inputs.query_ids([entry_id], where).tolist()
+        row = self._collection.rows([wanted], ["group", "key", "value", "note"], where)[wanted]
+        key, value = torch.tensor(np.asarray(row["key"], dtype=np.float32)), self._collection.value(row)
+        return Entry(key, value.reshape(self.value_shape), wanted, int(row["group"]), _note(row))
 
     @property
     def ids(self) -> Tensor:
@@ -157,9 +174,9 @@ class MilvusMemoryBank:
         self,
         queries: Tensor,
         k: int = 5,
-        *,
         exclude_ids: Any = None,
         exclude_groups: Any = None,
+        *,
         where: Filter | None = None,
         max_score: float | None = None,
         fingerprint: Mapping[str, Any] | None = None,
@@ -177,9 +194,9 @@ class MilvusMemoryBank:
         self,
         queries: Tensor,
         k: int = 5,
-        *,
         exclude_ids: Any = None,
         exclude_groups: Any = None,
+        *,
         where: Filter | None = None,
         max_score: float | None = None,
         fingerprint: Mapping[str, Any] | None = None,
@@ -199,12 +216,12 @@ class MilvusMemoryBank:
         caller = f"{CALLER}.search"
         if fingerprint is not None:
             require_match(self.fingerprint, fingerprint, caller, "key.")
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= MOST_RESULTS:
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k <= MOST_RESULTS:
             raise ValueError(f"{caller}: k must be an integer from 0 to {MOST_RESULTS}, got {k!r}. Ask for that many.")
-        checked = inputs.float_rows(queries, (self.key_dim,), caller, "queries")
+        k = int(k)
+        checked = self._projected(queries, caller)
         if not len(self):
             raise BankError(f"{caller}: the bank must hold entries, got 0. Add some first.")
-        checked = self._checks.searchable(checked, caller, "queries").to(torch.float32)
         count = checked.shape[0]
         ids = padded_ids(limits.exclude_ids, count, caller, "exclude_ids")
         groups = padded_ids(limits.exclude_groups, count, caller, "exclude_groups")
@@ -225,22 +242,24 @@ class MilvusMemoryBank:
                 for place, hit in enumerate(kept):
                     hits[row, place], scores[row, place] = int(hit["id"]), float(hit["distance"])
                     rows[int(hit["id"])] = hit["entity"]
-        device = queries.device
+        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
         return Neighbours(scores.to(device), hits.to(device), (hits >= 0).to(device)), rows
 
     def _expression(self, where: Filter, caller: str) -> str:
         if isinstance(where, str):
             return where
-        if isinstance(where, Tensor):
-            ids = self.ids
-            if where.dtype != torch.bool or where.shape != ids.shape:
-                raise ValueError(
-                    f"{caller}: where must be a bool tensor of shape ({len(ids)},), got {where.dtype} "
-                    f"{tuple(where.shape)}. Give one flag per entry, in the order of bank.ids."
-                )
-            kept = ids[where.cpu()].tolist()
-        else:
+        if callable(where):
             kept = [int(row["id"]) for row in self._collection.all(["id", "note"]) if where(_note(row))]
+        else:
+            ids = self.ids
+            flags = torch.as_tensor(where) if isinstance(where, (Tensor, np.ndarray, list)) else None
+            if flags is None or flags.dtype != torch.bool or flags.shape != ids.shape:
+                found = repr(where) if flags is None else f"{flags.dtype} {tuple(flags.shape)}"
+                raise ValueError(
+                    f"{caller}: where must be a bool tensor of shape ({len(ids)},), got {found}. Give one flag per "
+                    "entry, in the order of bank.ids, a function of the metadata or an expression."
+                )
+            kept = ids[flags.cpu()].tolist()
         if len(kept) > MOST_LISTED:
             raise BankError(
                 f"{caller}: where must keep at most {MOST_LISTED} entries when it is no expression, got {len(kept)}. "
@@ -248,11 +267,19 @@ class MilvusMemoryBank:
             )
         return f"id in {sorted(kept)}"
 
-    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _projected(self, queries: Any, caller: str) -> Tensor:
+        rows = inputs.float_rows(queries, (self.key_dim,), caller, "queries")
+        return self._checks.searchable(rows, caller, "queries").to(torch.float32)
+
+    def project(self, queries: Tensor) -> Tensor:
+        """Return queries (B, D) as they are compared with ``keys()``: of unit length for cosine."""
+        return self._projected(queries, f"{CALLER}.project")
+
+    def gather(self, ids: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return values of ids of any shape and a mask, False (values zero) where the id is -1."""
         return self._values(ids, {}, f"{CALLER}.gather")
 
-    def _values(self, ids: Tensor, rows: dict[int, Any], caller: str) -> tuple[Tensor, Tensor]:
+    def _values(self, ids: Any, rows: dict[int, Any], caller: str) -> tuple[Tensor, Tensor]:
         wanted = inputs.query_ids(ids, caller)
         known = {entry: row for entry, row in rows.items() if "value" in row}
         asked = [entry for entry in np.unique(wanted[wanted != -1]).tolist() if entry not in known]
@@ -262,13 +289,27 @@ class MilvusMemoryBank:
             if entry != -1:
                 values[place] = self._collection.value(known[entry])
         mask = torch.from_numpy(wanted != -1)
-        return values.reshape(*wanted.shape, *self.value_shape).to(ids.device), mask.to(ids.device)
+        device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
+        return values.reshape(*wanted.shape, *self.value_shape).to(device), mask.to(device)
 
-    def keys(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Return stored keys (n, D) as float32."""
-        wanted = inputs.query_ids(ids, f"{CALLER}.keys").reshape(-1).tolist()
+    def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return stored keys as float32, (n, D), for the given ids or all entries in the order of ``ids``."""
+        wanted = inputs.query_ids(self.ids if ids is None else ids, f"{CALLER}.keys").reshape(-1).tolist()
         rows = self._collection.rows(wanted, ["key"], f"{CALLER}.keys")
-        return torch.tensor(np.asarray([rows[entry]["key"] for entry in wanted], dtype=np.float32))
+        keys = np.asarray([rows[entry]["key"] for entry in wanted], dtype=np.float32)
+        return torch.tensor(keys.reshape(-1, self.key_dim))
+
+    def content_hash(self) -> str:
+        """Return 32 hex digits that name the keys and ids of all entries; it reads them all, some at a time."""
+        total = 0
+        for row in self._collection.all(["id", "key"]):  # in no order: each is named alone, and the names are added
+            key = np.asarray(row["key"], dtype=np.float32).tobytes()
+            total += xxhash.xxh3_128_intdigest(int(row["id"]).to_bytes(8, "little") + key)
+        return xxhash.xxh3_128_hexdigest(f"{self.key_dim}|{self.metric}|{total}".encode())
+
+    def require_fingerprint(self, other: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise ``FingerprintMismatch`` naming each field (under ``prefix``) in which ``other`` differs."""
+        require_match(self.fingerprint, other, f"{CALLER}.require_fingerprint", prefix)
 
     def metadata(self, ids: Sequence[int] | Tensor) -> list[dict[str, Any]]:
         """Return the metadata of entries, an empty dict where they have none."""
@@ -288,9 +329,20 @@ class MilvusMemoryBank:
         """Copy all entries of a bank; returns how many.
 
         Raises:
+            BankError: the bank has another metric, or a key transform, which would be missing when queries come.
             FingerprintMismatch: the bank was made by something else.
         """
-        require_match(self.fingerprint, bank.fingerprint, f"{CALLER}.add_bank")
+        where = f"{CALLER}.add_bank"
+        if bank.metric != self.metric:
+            raise BankError(
+                f"{where}: bank must have metric {self.metric!r}, got {bank.metric!r}. Choose another collection."
+            )
+        if bank._contents.transform is not None:
+            raise BankError(
+                f"{where}: bank must have no key transform, got one, and a collection keeps none. "
+                "Add bank.keys(ids) with add(), and search with bank.project(queries)."
+            )
+        require_match(self.fingerprint, bank.fingerprint, where)
         ids, groups = bank.ids, bank.groups
         for at in range(0, len(ids), ROWS_AT_ONCE):
             part = ids[at : at + ROWS_AT_ONCE]
@@ -307,6 +359,9 @@ class MilvusMemoryBank:
             values, _ = self.gather(part)
             bank.add(self.keys(part), values, part, groups[at : at + ROWS_AT_ONCE], self.metadata(part))
         return bank
+
+
+AnyBank = MemoryBank | MilvusMemoryBank
 
 
 def _hidden(ids: np.ndarray | None, groups: np.ndarray | None, row: int) -> tuple[set[int], set[int]]:

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from tinyalign._files import replace_directory, write_json
-from tinyalign.memory.bank import MemoryBank
 from tinyalign.memory.blockfile import bad_blocks, map_file, read_file, tensor_bytes, write_blocks
-from tinyalign.memory.errors import BankCorruptedError, FingerprintMismatch, UnknownIdError
+from tinyalign.memory.errors import BankCorruptedError, BankError, FingerprintMismatch, UnknownIdError
 from tinyalign.memory.inputs import int_vector, query_ids
 from tinyalign.memory.manifest import FileEntry
+from tinyalign.memory.milvus import AnyBank
 from tinyalign.memory.retrieval import Neighbours
+from tinyalign.memory.store import NO_ROOM
 from tinyalign.memory.tables import read_facts
 
 FORMAT = "tinyalign-neighbour-table"
@@ -34,7 +36,7 @@ class NeighbourTable:
         sample_ids: names for lookup.
         ids: of the neighbours; -1 for none.
         scores: of the neighbours.
-        facts: content hash, generation and fingerprint of the bank.
+        facts: content hash, generation and fingerprint of the bank, and of its groups if some were excluded.
 
     Shape:
         sample_ids: (N,), int64. ids: (N, K), int64. scores: (N, K), float32.
@@ -84,19 +86,24 @@ class NeighbourTable:
         device = sample_ids.device if isinstance(sample_ids, Tensor) else torch.device("cpu")
         return Neighbours(scores.to(device), ids.to(device), (ids >= 0).to(device))
 
-    def require_bank(self, bank: MemoryBank) -> None:
-        """Refuse a bank whose keys or ids are not those that the table was made from."""
+    def require_bank(self, bank: AnyBank) -> None:
+        """Refuse a bank whose keys or ids, or groups that were excluded, are not those the table was made from."""
         if bank.content_hash() != self.facts["content"]:
             raise FingerprintMismatch(
                 f"NeighbourTable.require_bank: bank must be the one the table was made from (generation "
                 f"{self.facts['generation']}, {self.facts['entries']} entries), got generation {bank.generation} "
                 f"with {len(bank)} entries. Run precompute_neighbours again."
             )
+        if self.facts.get("groups") not in (None, _named_groups(bank)):
+            raise FingerprintMismatch(
+                "NeighbourTable.require_bank: bank must have the groups that were excluded when the table was made, "
+                "got others. Run precompute_neighbours again."
+            )
         bank.require_fingerprint(self.facts["fingerprint"])
 
     @classmethod
-    def load(cls, path: str | Path, bank: MemoryBank | None = None) -> NeighbourTable:
-        """Open a table, mapped from its files; with ``bank``, refuse one made from other keys.
+    def load(cls, path: str | Path, bank: AnyBank | None = None) -> NeighbourTable:
+        """Open a table, mapped from its files; with ``bank``, refuse one made from other keys, ids or groups.
 
         Raises:
             BankError: there is no table at ``path``.
@@ -134,8 +141,8 @@ class NeighbourTable:
 
 
 def precompute_neighbours(
-    bank: MemoryBank,
-    queries: Tensor | Iterable[Tensor],
+    bank: AnyBank,
+    queries: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
     k: int = 5,
     *,
     sample_ids: Tensor | Sequence[int] | None = None,
@@ -143,6 +150,7 @@ def precompute_neighbours(
     exclude_groups: Any = None,
     path: str | Path,
     batch_size: int = 256,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> NeighbourTable:
     """Search once for every sample and write the neighbours to ``path``.
 
@@ -150,19 +158,22 @@ def precompute_neighbours(
 
     Args:
         bank: what to search.
-        queries: (N, D), or an iterable of (n, D) batches.
+        queries: (N, D), or an iterable of (n, D) batches; tensors or NumPy arrays.
         k: neighbours per sample.
         sample_ids: (N,) names for lookup; 0 to N - 1 when absent.
         exclude_ids: per query as in ``MemoryBank.search``: usually ``sample_ids``, so that none retrieves itself.
         exclude_groups: per query: usually the groups of the samples.
-        path: directory of the table; replaced in one step.
+        path: directory of the table; an old table there is replaced in one step, anything else is left as it is.
         batch_size: queries searched at once.
+        fingerprint: what made the queries; its ``key.`` fields must equal the bank's.
 
     Shape:
         queries: (N, D). sample_ids, exclude_ids, exclude_groups: (N,).
 
     Raises:
         ValueError: ``k`` is not positive, or there are not as many sample ids or exclusions as queries.
+        BankError: the path holds something else than a table, or the disk is full.
+        FingerprintMismatch: the queries were made by something else.
 
     Example:
         >>> import tempfile
@@ -173,59 +184,94 @@ def precompute_neighbours(
         True
     """
     where = "precompute_neighbours"
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"{where}: k must be positive, got {k!r}. Ask for at least one neighbour.")
     if batch_size < 1:
         raise ValueError(f"{where}: batch_size must be positive, got {batch_size}. Pass at least 1.")
-    rows = 0
-    with replace_directory(Path(path)) as folder:
-        with open(folder / "ids.part", "wb") as ids_stream, open(folder / "scores.part", "wb") as scores_stream:
-            for batch in _batches(queries, batch_size):
-                cut = slice(rows, rows + batch.shape[0])
-                found = bank.neighbours(
-                    batch,
-                    k,
-                    exclude_ids=_share(exclude_ids, cut, where, "exclude_ids"),
-                    exclude_groups=_share(exclude_groups, cut, where, "exclude_groups"),
-                )
-                ids_stream.write(tensor_bytes(found.ids.cpu()))
-                scores_stream.write(tensor_bytes(found.scores.cpu()))
-                rows += batch.shape[0]
-        for name, given in (("exclude_ids", exclude_ids), ("exclude_groups", exclude_groups)):
-            if given is not None and len(given) != rows:
+    if fingerprint is not None:
+        bank.require_fingerprint(fingerprint, "key.")
+    directory = _free(Path(path).resolve(), where)
+    try:
+        with replace_directory(directory) as folder:
+            rows = _search_all(bank, _batches(queries, batch_size), int(k), exclude_ids, exclude_groups, folder)
+            names = np.arange(rows) if sample_ids is None else int_vector(sample_ids, rows, where, "sample_ids")
+            if len(np.unique(names)) != rows:
                 raise ValueError(
-                    f"{where}: {name} must have one row per query, got {len(given)} for {rows} queries. Give -1 "
-                    "for nothing."
+                    f"{where}: sample_ids must be distinct, got duplicates among {rows}. Name each sample once."
                 )
-        names = np.arange(rows) if sample_ids is None else int_vector(sample_ids, rows, where, "sample_ids")
-        if len(np.unique(names)) != rows:
-            raise ValueError(
-                f"{where}: sample_ids must be distinct, got duplicates among {rows}. Name each sample once."
-            )
-        files = {
-            "ids.bin": _with_checksums(folder, "ids"),
-            "scores.bin": _with_checksums(folder, "scores"),
-            "sample_ids.bin": write_blocks(folder / "sample_ids.bin", [tensor_bytes(torch.from_numpy(names))]),
-        }
-        write_json(
-            folder / "table.json",
-            {
+            files = {
+                "ids.bin": _with_checksums(folder, "ids"),
+                "scores.bin": _with_checksums(folder, "scores"),
+                "sample_ids.bin": write_blocks(folder / "sample_ids.bin", [tensor_bytes(torch.from_numpy(names))]),
+            }
+            facts = {
                 "format": FORMAT,
                 "version": VERSION,
                 "rows": rows,
-                "k": k,
+                "k": int(k),
                 "generation": bank.generation,
                 "entries": len(bank),
                 "content": bank.content_hash(),
                 "fingerprint": bank.fingerprint,
                 "files": {name: {"bytes": f.size, "xxh3": f.checksums} for name, f in files.items()},
-            },
+            }
+            write_json(
+                folder / "table.json", facts if exclude_groups is None else {**facts, "groups": _named_groups(bank)}
+            )
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise BankError(
+            f"{where}: the disk of {directory} must have room for the table, got {error.strerror!r}. Free some space "
+            "and search again; an old table is as it was."
+        ) from error
+    return NeighbourTable.load(directory)
+
+
+def _free(directory: Path, where: str) -> Path:
+    """Return a directory that does not exist, is empty or holds a table; nothing else may be replaced."""
+    facts = directory / "table.json"
+    ours = {facts.name, *COLUMNS} if facts.is_file() and FORMAT.encode() in facts.read_bytes() else set()
+    found = sorted({entry.name for entry in directory.iterdir()} - ours) if directory.is_dir() else []
+    if found or (directory.exists() and not directory.is_dir()):
+        holding = f"{str(directory)!r} holding {found[0]!r}" if found else f"the file {str(directory)!r}"
+        raise BankError(
+            f"{where}: path must be free, or hold a neighbour table alone, got {holding}. Choose another path."
         )
-    return NeighbourTable.load(path)
+    return directory
 
 
-def _batches(queries: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    for part in [queries] if isinstance(queries, Tensor) else queries:
+def _named_groups(bank: AnyBank) -> str:
+    return xxhash.xxh3_128_hexdigest(tensor_bytes(bank.groups))
+
+
+def _search_all(
+    bank: AnyBank, batches: Iterable[Any], k: int, exclude_ids: Any, exclude_groups: Any, folder: Path
+) -> int:
+    """Write ids and scores of all queries to files in ``folder`` and return how many queries there were."""
+    rows, where = 0, "precompute_neighbours"
+    with open(folder / "ids.part", "wb") as ids_stream, open(folder / "scores.part", "wb") as scores_stream:
+        for batch in batches:
+            cut = slice(rows, rows + batch.shape[0])
+            found = bank.neighbours(
+                batch,
+                k,
+                exclude_ids=_share(exclude_ids, cut, where, "exclude_ids"),
+                exclude_groups=_share(exclude_groups, cut, where, "exclude_groups"),
+            )
+            ids_stream.write(tensor_bytes(found.ids.cpu()))
+            scores_stream.write(tensor_bytes(found.scores.cpu()))
+            rows += batch.shape[0]
+    for name, given in (("exclude_ids", exclude_ids), ("exclude_groups", exclude_groups)):
+        if given is not None and len(given) != rows:
+            raise ValueError(
+                f"{where}: {name} must have one row per query, got {len(given)} for {rows} queries. Give -1 for none."
+            )
+    return rows
+
+
+def _batches(queries: Any, batch_size: int) -> Iterator[Tensor | np.ndarray]:
+    for part in [queries] if isinstance(queries, (Tensor, np.ndarray)) else queries:
         for at in range(0, part.shape[0], batch_size):
             yield part[at : at + batch_size]
 
