@@ -8,7 +8,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch.distributions import Categorical, Exponential, Independent, Laplace, Normal, StudentT, Uniform
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Cauchy,
+    Dirichlet,
+    Distribution,
+    Exponential,
+    Gamma,
+    Gumbel,
+    Independent,
+    Laplace,
+    LKJCholesky,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+    Poisson,
+    StudentT,
+    Uniform,
+)
 
 from tinyalign.theory import categorical_kl, kl_divergence, kl_from_samples, monte_carlo_kl, sequence_kl
 from tinyalign.theory.kl_monte_carlo import _tail_shape
@@ -54,6 +73,40 @@ def test_rows_are_averaged_where_the_mask_says_so() -> None:
     assert result.samples.tolist() == pytest.approx([0.0, naive(p[1], q[1])])
 
 
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [np.nan, 1.0], [3.0, -1.0]])
+def test_rows_that_do_not_count_may_hold_anything(bad: list[float]) -> None:
+    p, q, mask = [[0.5, 0.5], bad], [[0.9, 0.1], bad], [True, False]
+    assert kl_divergence(p, q, mask=mask).value == pytest.approx(naive(np.array(p[0]), np.array(q[0])))
+    assert kl_divergence(p, q[0], mask=mask).value == pytest.approx(naive(np.array(p[0]), np.array(q[0])))
+    with pytest.raises(ValueError, match="p must"):
+        kl_divergence(p, q)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_positions_that_do_not_count_may_hold_anything(bad: float) -> None:
+    p, q, mask = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.tensor([[True, False, True], [True, False, False]])
+    clean = sequence_kl(p, q, mask)
+    again = sequence_kl(p.masked_fill(~mask[..., None], bad), q, mask)
+    assert again.samples.tolist() == clean.samples.tolist()
+    with pytest.raises(ValueError, match="p must"):
+        sequence_kl(p.masked_fill(~mask[..., None], bad), q)
+
+
+def test_tables_that_ask_for_gradients_are_read_and_rows_keep_theirs() -> None:
+    p, q = torch.randn(1, 2, 3, requires_grad=True), torch.zeros(1, 2, 3)
+    assert sequence_kl(p, q).value == sequence_kl(p.detach(), q).value
+    assert kl_divergence(p, q, inputs="logits").value == kl_divergence(p.detach(), q, inputs="logits").value
+    assert kl_divergence(p.softmax(-1), q.softmax(-1)).samples.shape == (2,)
+    assert categorical_kl(p, q, inputs="logits").requires_grad
+
+
+def test_half_precision_probabilities_sum_to_one_within_their_rounding() -> None:
+    law = np.random.default_rng(0).dirichlet(np.ones(1000), size=2).astype(np.float16)
+    value = kl_divergence(law[0], law[1]).value
+    assert value == pytest.approx(naive(law[0].astype(np.float64), law[1].astype(np.float64)), rel=1e-4)
+    assert value == kl_divergence(*torch.tensor(law)).value
+
+
 def test_sequences_sum_over_their_own_tokens() -> None:
     p, q = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -81,6 +134,55 @@ CLOSED = [
 def test_closed_forms(p: object, q: object, truth: float) -> None:
     assert kl_divergence(p, q).value == pytest.approx(truth, rel=1e-6)
     assert kl_divergence(p, q).method == "closed form"
+
+
+BATCH = torch.arange(1.0, 21.0) / 7
+NEAR = [
+    (Normal(0.0, 1.0), Normal(0.01, 1.0)),
+    (Poisson(3.0), Poisson(3.1)),
+    (Dirichlet(BATCH), Dirichlet(BATCH + 0.01)),
+    (Beta(2.0, 3.0), Beta(2.02, 3.01)),
+    (Gamma(2.0, 3.0), Gamma(2.02, 3.01)),
+    (Bernoulli(logits=torch.tensor(0.3)), Bernoulli(logits=torch.tensor(0.31))),
+    (OneHotCategorical(logits=BATCH), OneHotCategorical(logits=BATCH * 1.01)),
+    (Independent(Gumbel(BATCH, 1.0), 1), Independent(Gumbel(BATCH + 0.01, 1.0), 1)),
+    (MultivariateNormal(BATCH, torch.eye(20) + 0.3), MultivariateNormal(BATCH + 0.01, torch.eye(20) + 0.3)),
+]
+
+
+@pytest.mark.parametrize(("p", "q"), NEAR)
+def test_closed_forms_of_near_laws_keep_the_digits_of_their_parameters(p: Distribution, q: Distribution) -> None:
+    """Against the same laws built anew in float64, from the numbers that the float32 ones hold."""
+
+    def built(law: Distribution) -> Distribution:
+        if isinstance(law, Independent):
+            return Independent(built(law.base_dist), law.reinterpreted_batch_ndims)
+        names = {MultivariateNormal: ["loc", "covariance_matrix"], Bernoulli: ["logits"], OneHotCategorical: ["logits"]}
+        asked = names.get(type(law), list(law.arg_constraints))
+        return type(law)(**{name: getattr(law, name).double() for name in asked})
+
+    for name in ("probs", "precision_matrix"):
+        getattr(p, name, None)  # what a law derives and keeps is no parameter of its own
+    result = kl_divergence(p, q)
+    assert result.value == pytest.approx(float(torch.distributions.kl_divergence(built(p), built(q))), rel=1e-6)
+    assert result.method == "closed form"
+
+
+def test_a_law_that_cannot_be_rebuilt_is_taken_as_it_is() -> None:
+    class Kept(Normal):
+        def __init__(self, centre: float) -> None:
+            super().__init__(centre, 1.0)
+
+    assert kl_divergence(Kept(0.0), Kept(1.0)).value == 0.5
+    assert kl_divergence(Normal(0.0, 1.0), Independent(Kept(1.0), 0)).value == pytest.approx(0.5, abs=0.1)
+
+
+def test_laws_of_matrices_are_sampled() -> None:
+    """The density of LKJ on 2 x 2: r ~ 2 Beta(c, c) - 1."""
+    p, q = LKJCholesky(2, 1.0), LKJCholesky(2, 2.0)
+    truth = kl_divergence(Beta(1.0, 1.0), Beta(2.0, 2.0)).value
+    result = kl_divergence(p, q, seed=0)
+    assert abs(result.value - truth) < 4 * result.std_error
 
 
 def test_laws_without_a_closed_form_are_sampled() -> None:
@@ -198,6 +300,33 @@ def test_a_wider_q_makes_the_control_variate_heavy_and_that_is_said(
     assert result.method == method
     assert [line.partition(":")[0] for line in result.warnings] == ([code] if code else [])
     assert result.low < np.log(scale) + 0.5 / scale**2 - 0.5 < result.high
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "said"),
+    [
+        (Cauchy(0.0, 1.0), Normal(0.0, 1.0), True),
+        (StudentT(2.0), Normal(0.0, 1.0), True),
+        (Laplace(-0.2, 0.8), Gumbel(0.1, 0.9), True),
+        (Laplace(0.0, 1.0), StudentT(5.0), False),
+        (Normal(0.0, 1.0), StudentT(9.0, 0.5), False),
+    ],
+)
+def test_a_log_ratio_whose_mean_draws_miss_is_said_of_every_method(
+    p: Distribution, q: Distribution, said: bool
+) -> None:
+    """Shapes of the tails of log p/q: 2 (an infinite divergence), 1, 0.89, and none."""
+    for method in ("fitted", "k1", "k3"):
+        result = kl_divergence(p, q, method=method, seed=0)
+        assert any("log p/q" in line for line in result.warnings) == said
+    assert (result.details["log_tail"] > 0.5) == said
+
+
+@pytest.mark.parametrize(("n", "said"), [(20, False), (21, True)])
+def test_twenty_draws_have_no_tail_of_the_log_ratio(n: int, said: bool) -> None:
+    log_q = np.r_[np.linspace(-0.1, 0.1, n - 1), -1000.0]
+    lines = monte_carlo_kl(np.zeros(n), log_q, method="k1").warnings
+    assert any("log p/q" in line for line in lines) == said
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.2, 0.45])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.kl_monte_carlo import monte_carlo_kl
 from tinyalign.theory.likelihood import log_normalizer
 
 __all__ = ["categorical_kl", "kl_divergence", "sequence_kl"]
+
+_EITHER = ("probs", "logits", "covariance_matrix", "precision_matrix", "scale_tril")
 
 
 def kl_divergence(
@@ -34,7 +40,7 @@ def kl_divergence(
         p: probabilities, logits, or a ``torch.distributions.Distribution``.
         q: the same kind.
         inputs: whether tables hold ``"probs"`` or ``"logits"``.
-        mask: True where a row counts; rows are averaged.
+        mask: True where a row counts, of p and q broadcast; they are averaged, and the others may hold anything.
         samples: Monte Carlo draws from p, where no closed form exists.
         method: Monte Carlo estimator (``"fitted"``, ``"k1"``, ``"k2"``, ``"k3"``).
         seed: seed of the draws; None uses torch's global generator.
@@ -59,7 +65,7 @@ def kl_divergence(
         >>> round(kl_divergence(Normal(0.0, 1.0), Normal(1.0, 1.0)).value, 6)
         0.5
     """
-    laws = [isinstance(law, torch.distributions.Distribution) for law in (p, q)]
+    laws = [isinstance(law, Distribution) for law in (p, q)]
     if any(laws):
         if not all(laws):
             raise TypeError(
@@ -67,22 +73,20 @@ def kl_divergence(
                 f"{type(q).__name__}. Convert one of them."
             )
         return _between_laws(p, q, samples, method, seed)
-    per_row = categorical_kl(p, q, inputs=inputs)
-    rows = per_row.reshape(-1)
+    one, two = _pair(p, q)
+    shape = one.shape[:-1]
+    kept = torch.ones(shape, dtype=torch.bool, device=one.device)
     if mask is not None:
-        kept = torch.as_tensor(mask, device=rows.device)
-        if kept.shape != per_row.shape:
+        kept = torch.as_tensor(mask, device=one.device).bool()
+        if kept.shape != shape:
             raise ValueError(
-                f"kl_divergence: mask must have shape {tuple(per_row.shape)}, got {tuple(kept.shape)}. "
-                "Give one flag a row."
+                f"kl_divergence: mask must have shape {tuple(shape)}, got {tuple(kept.shape)}. Give one flag a row."
             )
-        rows = rows[kept.reshape(-1).bool()]
-        if not len(rows):
+        if not bool(kept.any()):
             raise ValueError("kl_divergence: mask must keep at least one row, got none. Check the label mask.")
-    value = float(rows.double().mean())
-    return Estimate(
-        value, value, value, method="exact", n=len(rows), samples=rows.double().cpu().numpy(), std_error=0.0
-    )
+    rows = _kept_rows(one, two, kept, inputs)
+    value = float(rows.mean())
+    return Estimate(value, value, value, method="exact", n=len(rows), samples=rows.cpu().numpy(), std_error=0.0)
 
 
 def categorical_kl(p: Any, q: Any, *, inputs: Literal["probs", "logits"] = "probs", chunk: int = 16384) -> Tensor:
@@ -111,13 +115,9 @@ def categorical_kl(p: Any, q: Any, *, inputs: Literal["probs", "logits"] = "prob
         raise ValueError(
             f"categorical_kl: inputs must be 'probs' or 'logits', got {inputs!r}. Say what the tables hold."
         )
-    one, two = _table(p, "p", inputs), _table(q, "q", inputs)
-    if one.shape[-1] != two.shape[-1]:
-        raise ValueError(
-            f"categorical_kl: p and q must have one alphabet, got {one.shape[-1]} and {two.shape[-1]} outcomes. "
-            "Use one tokenizer or pad the smaller table with zero probability."
-        )
-    one, two = torch.broadcast_tensors(one, two.to(one.device))  # type: ignore[no-untyped-call]
+    one, two = _pair(p, q)
+    _check_rows(one, "p", inputs)
+    _check_rows(two, "q", inputs)
     wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
     if inputs == "logits":
         over, under = log_normalizer(one.to(wide), chunk=chunk), log_normalizer(two.to(wide), chunk=chunk)
@@ -142,7 +142,7 @@ def sequence_kl(p_logits: Tensor, q_logits: Tensor, mask: Any = None, *, chunk: 
     Args:
         p_logits: next-token logits of the first model.
         q_logits: of the second.
-        mask: True at positions that count.
+        mask: True at positions that count; the others may hold anything.
         chunk: vocabulary entries converted at a time.
 
     Shape:
@@ -166,16 +166,13 @@ def sequence_kl(p_logits: Tensor, q_logits: Tensor, mask: Any = None, *, chunk: 
             f"sequence_kl: p_logits and q_logits must share one shape (B, T, V), got {tuple(p_logits.shape)} and "
             f"{tuple(q_logits.shape)}. Run both models on the same tokens."
         )
-    per_token = categorical_kl(p_logits, q_logits, inputs="logits", chunk=chunk)
-    kept = (
-        torch.ones_like(per_token, dtype=torch.bool)
-        if mask is None
-        else torch.as_tensor(mask).to(per_token.device).bool()
-    )
-    if kept.shape != per_token.shape:
+    one, two = _pair(p_logits, q_logits)
+    kept = torch.as_tensor(True if mask is None else mask, device=one.device).bool()
+    if mask is None:
+        kept = kept.expand(one.shape[:2])
+    if kept.shape != one.shape[:2]:
         raise ValueError(
-            f"sequence_kl: mask must have shape {tuple(per_token.shape)}, got {tuple(kept.shape)}. "
-            "Give one flag a token."
+            f"sequence_kl: mask must have shape {tuple(one.shape[:2])}, got {tuple(kept.shape)}. Give one flag a token."
         )
     counts = kept.sum(dim=1)
     if int(counts.min()) == 0:
@@ -183,7 +180,9 @@ def sequence_kl(p_logits: Tensor, q_logits: Tensor, mask: Any = None, *, chunk: 
             f"sequence_kl: mask must keep a token in every row, got none in row {int(counts.argmin())}. "
             "Drop that sequence."
         )
-    sums = torch.where(kept, per_token, 0.0).sum(dim=1)
+    per_token = _kept_rows(one, two, kept, "logits", chunk)
+    sums = torch.zeros(len(counts), dtype=per_token.dtype, device=per_token.device)
+    sums = sums.index_add(0, kept.nonzero()[:, 0], per_token)
     value = float(sums.mean())
     return Estimate(
         value,
@@ -196,16 +195,39 @@ def sequence_kl(p_logits: Tensor, q_logits: Tensor, mask: Any = None, *, chunk: 
     )
 
 
-def _table(values: Any, name: str, inputs: str) -> Tensor:
-    table = torch.as_tensor(values)
+def _pair(p: Any, q: Any) -> tuple[Tensor, Tensor]:
+    """Bring both tables to one shape and device."""
+    one, two = (_table(values, name) for name, values in (("p", p), ("q", q)))
+    if one.shape[-1] != two.shape[-1]:
+        raise ValueError(
+            f"categorical_kl: p and q must have one alphabet, got {one.shape[-1]} and {two.shape[-1]} outcomes. "
+            "Use one tokenizer or pad the smaller table with zero probability."
+        )
+    one, two = torch.broadcast_tensors(one, two.to(one.device))  # type: ignore[no-untyped-call]
+    return one, two
+
+
+def _table(values: Any, name: str) -> Tensor:
+    table = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     if not table.is_floating_point():
-        table = table.double()
-    if not isinstance(values, Tensor) and table.dtype != torch.float64:
         table = table.double()
     if table.ndim == 0 or table.shape[-1] == 0:
         raise ValueError(
             f"categorical_kl: {name} must have shape (..., V), got {tuple(table.shape)}. Give a row of outcomes."
         )
+    return table
+
+
+def _kept_rows(
+    one: Tensor, two: Tensor, kept: Tensor, inputs: Literal["probs", "logits"], chunk: int = 16384
+) -> Tensor:
+    """KL of the rows that count, in order, (rows,): the others may hold anything."""
+    one, two = (table.detach() if bool(kept.all()) else table.detach()[kept] for table in (one, two))
+    return categorical_kl(one, two, inputs=inputs, chunk=chunk).reshape(-1)
+
+
+def _check_rows(table: Tensor, name: str, inputs: str) -> None:
+    table = table.detach()
     if bool(torch.isnan(table).any()) or bool(torch.isposinf(table).any()):
         raise ValueError(f"categorical_kl: {name} must not hold NaN or +inf, got some. Repair the table first.")
     if inputs == "logits":
@@ -213,7 +235,7 @@ def _table(values: Any, name: str, inputs: str) -> Tensor:
             raise ValueError(
                 f"categorical_kl: {name} must allow an outcome in every row, got one of -inf only. Mask it."
             )
-        return table
+        return
     low = float(table.min())
     worst = float((table.double().sum(dim=-1) - 1.0).abs().max())
     tolerance = max(1e-6, 4.0 * float(torch.finfo(table.dtype).eps) * math.sqrt(table.shape[-1]))
@@ -222,21 +244,52 @@ def _table(values: Any, name: str, inputs: str) -> Tensor:
             f"categorical_kl: {name} must hold probabilities that sum to 1, got a minimum of {low:.3g} and a sum "
             f"off by {worst:.3g}. Normalise it, or pass inputs='logits'."
         )
-    return table
 
 
 def _between_laws(p: Any, q: Any, samples: int, method: str, seed: int | None) -> Estimate:
+    # Differences of nearly equal terms lose what single precision has, torch's own for Python numbers.
+    one, two = _in_double(p), _in_double(q)
+    if one is None or two is None:
+        one, two = p, q
     try:
-        closed = torch.distributions.kl_divergence(p, q)
+        closed = torch.distributions.kl_divergence(one, two)
     except NotImplementedError:
         return _sampled(p, q, samples, method, seed)
-    rows = closed.double().reshape(-1)
+    rows = closed.detach().double().reshape(-1)
     if bool(torch.isnan(rows).any()):
         return _sampled(p, q, samples, method, seed)
     value = float(rows.mean())
-    return Estimate(
-        value, value, value, method="closed form", n=len(rows), samples=rows.detach().cpu().numpy(), std_error=0.0
-    )
+    return Estimate(value, value, value, method="closed form", n=len(rows), samples=rows.cpu().numpy(), std_error=0.0)
+
+
+def _in_double(law: Distribution) -> Distribution | None:
+    """Rebuild the law from its parameters in float64; None where its constructor asks for what it does not keep."""
+    kind = type(law)
+    asked = inspect.signature(kind).parameters
+    # Of parameters that follow from one another (probs, logits) a law sets first the one that it was made from.
+    source = next((name for name in _lazy(law) if name in asked), None)
+    given: dict[str, Any] = {}
+    for name, parameter in asked.items():
+        if name == "validate_args" or (source is not None and name != source and name in _EITHER):
+            continue
+        value = getattr(law, "base_dist" if name == "base_distribution" else name, parameter.default)
+        if isinstance(value, Distribution):
+            value = _in_double(value)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().double()
+        if value is None or value is inspect.Parameter.empty:
+            return None
+        given[name] = value
+    return kind(**given, validate_args=False)
+
+
+def _lazy(law: Distribution) -> Iterator[str]:
+    """Names among the parameters that follow from one another that a law, or one it is made of, has set, in order."""
+    for name, value in vars(law).items():
+        if name in _EITHER:
+            yield name
+        elif isinstance(value, Distribution):
+            yield from _lazy(value)
 
 
 def _sampled(p: Any, q: Any, samples: int, method: str, seed: int | None) -> Estimate:
@@ -255,7 +308,8 @@ def _log_prob(law: Any, draws: Tensor) -> Tensor:
     density = torch.full(
         draws.shape[: draws.ndim - len(law.event_shape)], -torch.inf, dtype=draws.dtype, device=draws.device
     )
-    safe = torch.where(inside if inside.ndim == draws.ndim else inside.unsqueeze(-1), draws, _within(law, draws))
+    apart = inside.reshape(inside.shape + (1,) * (draws.ndim - inside.ndim))
+    safe = torch.where(apart, draws, _within(law, draws))
     density = torch.where(inside, law.log_prob(safe), density)
     return density.reshape(len(draws), -1).sum(dim=1)
 

@@ -21,6 +21,7 @@ _HEAVY = 0.1
 _INFINITE = 0.5  # shape of a tail from which on the variance is infinite
 # Draws in which a heavy tail does not show are the ones that mislead, so little is enough to be said, less with few.
 _LIGHT, _FEW = 0.25, 6.0
+_FEWER = 2.0  # the same for the log ratio, whose tail is long under many ordinary laws
 _DRAWS = 1000
 
 
@@ -32,6 +33,7 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
     puts its mass inside the support of p and the draws see it. Where mean(r) is off by more than its own error, one
     draw carries it, or its tail is too heavy for a variance, the control variate would be confidently wrong:
     ``"fitted"`` then falls back to k1 and says so. A tail that is merely long is said: draws that miss it look fine.
+    So is a tail of -log r itself that leaves the mean of no method a variance, or makes the divergence infinite.
 
     As a *loss*, k3 has not the gradient of the KL; use this for reporting.
 
@@ -103,6 +105,12 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
             f"tail: q/p has large values under p (shape {tail:.2f}, {n} draws), whose mean of 1 draws may miss; the "
             "interval may be too narrow, and that of k1 is not"
         ]
+    rare = _tail_shape(values["k1"])
+    if n > 20 and rare > _INFINITE - _FEWER / math.sqrt(n):
+        warnings.append(
+            f"tail: log p/q has large values under p (shape {rare:.2f}, {n} draws), whose mean draws may miss; the "
+            "interval may be too narrow, and at a shape near 1 or above the divergence may be infinite"
+        )
     if method == "k2":
         warnings.append("bias: k2 is biased unless p and q are close; use it as a loss, not as an estimate")
     # Squares of log ratios are skewed: the studentised bootstrap keeps the coverage that t loses with few draws.
@@ -118,7 +126,7 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
         warnings=tuple(warnings),
         level=level,
         std_error=found.std_error,
-        details={"mean_ratio": float(ratio.mean()), "tail": tail},
+        details={"mean_ratio": float(ratio.mean()), "tail": tail, "log_tail": rare},
     )
 
 
