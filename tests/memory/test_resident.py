@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyalign.memory import BankError, KeyTransform, MemoryBank, resident
+from tinyalign.memory import BankError, FingerprintMismatch, KeyTransform, MemoryBank, ResidentBank, resident
 
 
 @pytest.fixture
@@ -128,6 +129,36 @@ def test_a_query_that_is_not_finite_finds_nothing(random_bank):
     assert moved.search(queries, 2).mask.tolist() == [[True, True], [False, False], [False, False]]
 
 
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_queries_of_any_length_and_kind_find_what_the_bank_finds(random_bank, metric, whitened):
+    transform = KeyTransform.fit(random_bank().keys(), metric=metric, whiten=True, dim=5) if whitened else None
+    bank = random_bank(metric=metric, transform=transform)
+    moved, queries = bank.to("cpu"), torch.randn(6, 8)
+    for scale in (1e-30, 1e30) if metric == "cosine" else (1e-3, 1e3):
+        agree(bank, moved, queries * scale, 3)
+    agree(bank, moved, queries.double() * (1e-200 if metric == "cosine" else 1), 3)
+    agree(bank, moved, queries.half(), np.int64(3))
+    agree(bank, moved, queries.numpy(), 3)
+
+
+def test_exclusions_by_place(random_bank):
+    bank = random_bank()
+    moved, queries, ids = bank.to("cpu"), bank.keys()[:3], bank.ids[:3]
+    expected = bank.neighbours(queries, 4, exclude_ids=ids, exclude_groups=[[], [], [34]])
+    for found in (moved.neighbours(queries, 4, ids, [[], [], [34]]), moved.search(queries, 4, ids, [[], [], [34]])):
+        assert torch.equal(found.ids, expected.ids)
+
+
+def test_queries_made_by_something_else_are_refused(random_bank):
+    bank = random_bank(fingerprint={"key.encoder": "clip", "value.encoder": "other"})
+    moved = ResidentBank(bank._contents, [torch.device("cpu")], fingerprint=bank.fingerprint)
+    assert moved.search(torch.randn(2, 8), fingerprint={"key.encoder": "clip"}).mask.all()
+    for search in (moved.search, moved.neighbours):
+        with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'clip', given: 'dino'\)"):
+            search(torch.randn(2, 8), fingerprint={"key.encoder": "dino"})
+
+
 def test_without_values(random_bank):
     bank = random_bank()
     moved, whole = bank.to("cpu", values=False), bank.to("cpu")
@@ -149,6 +180,10 @@ def test_bad_input(random_bank):
         ValueError, match=r"exclude_ids must be integers with one row per query, got torch.int64 \(3, 1\)"
     ):
         moved.search(torch.randn(1, 8), exclude_ids=torch.ones(3).long())
+    with pytest.raises(TypeError, match="queries must be a tensor, got list"):
+        moved.search([[1.0] * 8])
+    with pytest.raises(ValueError, match=r"MemoryBank.to: device must name at least one device, got \[\]"):
+        random_bank(transform=KeyTransform.fit(random_bank().keys())).to([])
     with pytest.raises(BankError, match=r"MemoryBank.to: the bank must hold entries, got 0"):
         MemoryBank(3, (1,)).to("cpu")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinyalign.memory.contents import Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.exclusion import padded_ids
+from tinyalign.memory.fingerprint import require_match
 from tinyalign.memory.retrieval import Hits, Neighbours
 from tinyalign.memory.search import SPARE
 
@@ -32,17 +34,20 @@ class _Shard(NamedTuple):
 class ResidentBank:
     """A copy of a bank's entries on one or several devices, made by ``MemoryBank.to``.
 
-    ``search`` means what ``MemoryBank.search`` means, but launches only device work: no result is looked at on the
-    host, shapes depend on arguments alone, and a query that is not finite finds nothing instead of raising. With
-    several devices the entries are split evenly; the queries travel to each and the best of all come back.
+    ``search`` finds what ``MemoryBank.search`` finds with the same arguments, but launches only device work: no result
+    is looked at on the host, shapes depend on arguments alone, and a query that is not finite or (cosine) zero finds
+    nothing instead of raising. It takes no ``where``, ``max_score`` and ``method``: those stay with ``MemoryBank``.
+    With several devices the entries are split evenly; the queries travel to each and the best of all come back.
 
     Args:
         contents: what the bank holds.
         devices: where to put it; one shard of the entries on each.
         values: False leaves the values out, for ``neighbours`` alone.
+        fingerprint: of the bank.
 
     Raises:
         BankError: the bank is empty.
+        ValueError: there are no devices.
 
     Example:
         >>> from tinyalign.memory import MemoryBank
@@ -52,10 +57,20 @@ class ResidentBank:
         [7, 8]
     """
 
-    def __init__(self, contents: Contents, devices: Sequence[torch.device], *, values: bool = True) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        devices: Sequence[torch.device],
+        *,
+        values: bool = True,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
         if not len(contents.table):
             raise BankError("MemoryBank.to: the bank must hold entries, got 0. Add some first.")
+        if not len(devices):
+            raise ValueError("MemoryBank.to: device must name at least one device, got []. Pass 'cuda' or a list.")
         self.spec, self.input_dim = contents.spec, contents.input_dim
+        self.fingerprint = dict(fingerprint or {})
         # From the host, the transform would be copied, and waited for, at every search.
         self._transform = None if contents.transform is None else contents.transform.to(devices[0])
         rows = torch.from_numpy(contents.table.live_rows())
@@ -83,18 +98,41 @@ class ResidentBank:
         tensors = [t for shard in self._shards for t in shard if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def search(self, queries: Tensor, k: int = 5, *, exclude_ids: Any = None, exclude_groups: Any = None) -> Hits:
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int = 5,
+        exclude_ids: Any = None,
+        exclude_groups: Any = None,
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> Hits:
         """Return the k best entries of each query and their values, as ``MemoryBank.search`` does."""
-        found = self.neighbours(queries, k, exclude_ids=exclude_ids, exclude_groups=exclude_groups)
+        found = self.neighbours(queries, k, exclude_ids, exclude_groups, fingerprint=fingerprint)
         values, _ = self.gather(found.ids)
         return Hits(found.scores, found.ids, values, found.mask)
 
     def neighbours(
-        self, queries: Tensor, k: int = 5, *, exclude_ids: Any = None, exclude_groups: Any = None
+        self,
+        queries: Tensor | np.ndarray,
+        k: int = 5,
+        exclude_ids: Any = None,
+        exclude_groups: Any = None,
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> Neighbours:
         """Return the k best entries of each query without their values."""
-        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        if fingerprint is not None:
+            require_match(self.fingerprint, fingerprint, CALLER, "key.")
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
             raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
+        k = int(k)
+        if isinstance(queries, np.ndarray):
+            queries = torch.from_numpy(np.ascontiguousarray(queries))
+        if not isinstance(queries, Tensor):
+            raise TypeError(
+                f"{CALLER}: queries must be a tensor, got {type(queries).__name__}. Convert it with torch.as_tensor."
+            )
         if queries.ndim != 2 or queries.shape[1] != self.input_dim or not queries.is_floating_point():
             raise ValueError(
                 f"{CALLER}: queries must be float (B, {self.input_dim}), got {queries.dtype} "
@@ -103,12 +141,7 @@ class ResidentBank:
         device = queries.device
         ids = self._padded(exclude_ids, queries, "exclude_ids")
         groups = self._padded(exclude_groups, queries, "exclude_groups")
-        queries = queries.to(torch.float32)
-        cosine = self.spec.metric == "cosine"
-        queries = torch.nn.functional.normalize(queries, dim=-1, eps=0.0) if cosine else queries
-        if self._transform is not None:
-            queries = self._transform(queries)
-            queries = torch.nn.functional.normalize(queries, dim=-1, eps=0.0) if cosine else queries
+        queries = self._projected(queries)
         found = [_top(shard, queries, k, ids, groups) for shard in self._shards]
         scores = torch.cat([scores.to(device, non_blocking=True) for scores, _ in found], dim=1)
         hits = torch.cat([ids.to(device, non_blocking=True) for _, ids in found], dim=1)
@@ -118,6 +151,16 @@ class ResidentBank:
         hits = torch.nn.functional.pad(hits.gather(1, at), (0, short), value=-1)
         mask = best.isfinite()
         return Neighbours(best.masked_fill(~mask, 0.0), hits.masked_fill(~mask, -1), mask)
+
+    def _projected(self, queries: Tensor) -> Tensor:
+        """Return queries as they are compared: transformed, of unit length for cosine, zeros as NaN."""
+        cosine = self.spec.metric == "cosine"
+        queries = queries if queries.dtype == torch.float64 else queries.to(torch.float32)
+        queries = _unit(queries) if cosine else queries
+        if self._transform is not None:
+            queries = self._transform(queries)
+            queries = _unit(queries) if cosine else queries
+        return queries.to(torch.float32)
 
     def _padded(self, exclude: Any, queries: Tensor, name: str) -> Tensor | None:
         if exclude is None:
@@ -155,6 +198,12 @@ class ResidentBank:
             part, known = part.to(ids.device, non_blocking=True), known.to(ids.device, non_blocking=True)
             values, mask = torch.where(known[:, None], part, values), mask | known
         return values.reshape(*ids.shape, *self.spec.value_shape), mask.reshape(ids.shape)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    scaled = rows / rows.abs().amax(-1, keepdim=True)  # keeps tiny and huge rows from under- and overflowing
+    lengths: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / lengths
 
 
 def _load(contents: Contents, rows: Tensor, device: torch.device, *, values: bool) -> _Shard:
