@@ -238,7 +238,9 @@ class World:
             TOKEN_CHANNELS, num_latents=latents, latent_dim=width, num_self_attends=SMALL_SIZES.num_self_attends,
             num_heads=SMALL_SIZES.num_heads, qk_channels=width, v_channels=width,
         )  # fmt: skip
-        return FoldedPixelPerceiver(PixelPerceiver(inner, image_size=32, vocab_size=262, seed=self.seed))
+        pixels = PixelPerceiver(inner, image_size=32, vocab_size=262)
+        pixels.reset_parameters(self.seed)
+        return FoldedPixelPerceiver(pixels)
 
     def keys(self, kind: str) -> tuple[Keys, Keys]:
         """How a bank's entries are keyed, and how samples ask."""

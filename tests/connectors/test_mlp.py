@@ -67,6 +67,10 @@ def test_names_the_width_it_was_given():
         MLPConnector(6, 8)(torch.zeros(2, 5))
 
 
+def test_depth_may_come_after_the_widths():
+    assert [tuple(w.shape) for w in MLPConnector(5, 7, 3).parameters() if w.dim() == 2] == [(7, 5), (7, 7), (7, 7)]
+
+
 def test_two_layers_unless_told_otherwise():
     """The paper's connector, and LLaVA's `mlp2x_gelu`."""
     assert len([layer for layer in MLPConnector(6, 8).layers if isinstance(layer, nn.Linear)]) == 2

@@ -75,6 +75,11 @@ def test_nothing_retrieved_at_all_is_an_ordinary_input(num_tokens):
     assert not tokens.any()
 
 
+def test_depth_and_budget_may_come_after_the_widths():
+    connector = RAGConnector(6, 8, 1, 3)
+    assert (sum(w.dim() == 2 for w in connector.mlp.parameters()), connector.tokens_for(5, 4)) == (1, 3)
+
+
 def test_gate_and_rank_start_as_if_absent():
     torch.manual_seed(1)
     plain = RAGConnector(6, 8)

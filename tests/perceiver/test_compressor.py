@@ -32,6 +32,10 @@ def example(batch=3, patches=6, words=5, text_dim=None):
     return image, text
 
 
+def test_the_vocabulary_may_come_after_the_width():
+    assert PerceiverCompressor(64, 1000, sizes=SIZES).text_embedding.num_embeddings == 1000
+
+
 def test_default_is_table_3():
     compressor = PerceiverCompressor(1152)
     assert compressor.sizes == PerceiverSizes(128, 32, 96, 8, 1, 8, 96, 96)

@@ -103,6 +103,13 @@ def test_table_3_has_the_documented_number_of_weights():
     assert sum(p.numel() for p in PerceiverEncoder(128).parameters()) == sum(p.numel() for p in hf.parameters())
 
 
+def test_all_sizes_may_be_given_in_order():
+    encoder = PerceiverEncoder(24, 5, 16, 2, 3, 4, 8, 12)
+    assert (encoder.latents.shape, len(encoder.self_attends), encoder.num_blocks) == ((5, 16), 2, 3)
+    layer = encoder.cross_attention
+    assert (layer.key.weight.shape, layer.value.weight.shape, layer.num_heads) == ((8, 24), (12, 24), 4)
+
+
 def test_a_row_without_kept_tokens_is_finite_and_ignores_the_input():
     encoder = randomise(
         PerceiverEncoder(8, num_latents=3, latent_dim=8, num_self_attends=1, num_heads=2, qk_channels=8, v_channels=8),

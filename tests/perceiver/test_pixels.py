@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +108,19 @@ def test_default_sizes_are_the_paper_s():
     assert sum(weight.numel() for weight in pixels.encoder.parameters()) == 587_976 + 32 * 96
 
 
+@pytest.mark.parametrize("seed", [None, 0, 3])
+def test_an_encoder_that_was_given_keeps_its_weights(seed):
+    encoder = PerceiverEncoder(516, num_latents=4, num_self_attends=1)
+    before = copy.deepcopy(encoder)
+    pixels = PixelPerceiver(encoder, image_size=4, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before.parameters(), strict=True))
+    pixels.reset_parameters(7)
+    again = PixelPerceiver(encoder, image_size=4, seed=7)
+    assert not torch.equal(encoder.latents, before.latents)
+    again.reset_parameters(7)
+    assert all(torch.equal(a, b) for a, b in zip(pixels.parameters(), again.parameters(), strict=True))
+
+
 def test_the_algebra_holds_for_extreme_pixels():
     """In float64, where what is left is algebra and not rounding."""
     pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=0), image_size=6)
@@ -195,8 +210,7 @@ def test_long_captions_are_cut_with_both_markers_left():
 
 
 def test_the_seed_decides_the_weights():
-    sizes = {"num_latents": 2, "num_self_attends": 0}
-    one, same, other = (PixelPerceiver(PerceiverEncoder(516, **sizes), image_size=2, seed=s) for s in (1, 1, 2))
+    one, same, other = (PixelPerceiver(image_size=2, vocab_size=9, seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.pixel_positions, other.pixel_positions)
     assert not torch.equal(one.encoder.latents, other.encoder.latents)

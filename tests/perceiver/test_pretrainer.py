@@ -331,6 +331,24 @@ def test_the_scale_is_fitted_once_on_the_first_training_batch():
     torch.testing.assert_close(pretrainer.compressor.image_mean, (image * 3 + 1).mean((0, 1)))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_first_batch_without_patches_leaves_the_scale_to_a_later_one(rows, kept):
+    pretrainer = build().train()
+    image, text = example()
+    few = torch.zeros(rows, 9, dtype=torch.bool)
+    few[:1, :kept] = True
+    for out in (
+        pretrainer(image[:rows], text[:rows], few),
+        pretrainer(image[: min(rows, 1), :kept], text[: min(rows, 1)]),
+    ):
+        assert out.loss.isfinite()
+        out.loss.backward()
+    assert not pretrainer.compressor.image_scale_is_fitted
+    pretrainer(image * 3 + 1, text)
+    torch.testing.assert_close(pretrainer.compressor.image_mean, (image * 3 + 1).mean((0, 1)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

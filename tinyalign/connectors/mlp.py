@@ -46,8 +46,8 @@ class MLPConnector(nn.Module):
         self,
         input_dim: int,
         output_dim: int,
-        *,
         depth: int = 2,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -95,8 +95,8 @@ class PerceiverCompressor(nn.Module):
     def __init__(
         self,
         image_dim: int,
-        *,
         vocab_size: int = 30522,
+        *,
         text_dim: int | None = None,
         sizes: PerceiverSizes = PerceiverSizes(),  # noqa: B008  a tuple of numbers cannot change
         fusion: Literal["balanced", "joint"] = "balanced",
@@ -240,7 +240,8 @@ class PerceiverCompressor(nn.Module):
         """Take mean and variance of every feature channel from a sample, so that no channel drowns the others.
 
         Vision towers have channels hundreds of times larger than the rest. A few hundred patches are enough; the
-        statistics are part of the weights. `PerceiverPretrainer` calls this on its first batch if nobody did before.
+        statistics are part of the weights. `PerceiverPretrainer` calls this on its first batch of two or more patches
+        if nobody did before.
         """
         where = "PerceiverCompressor.fit_image_scale"
         check_last_dim(where, "image_features", image_features, self.image_dim, "(B, N, image_dim)")

@@ -54,7 +54,6 @@ class PerceiverEncoder(nn.Module):
     def __init__(
         self,
         input_dim: int,
-        *,
         num_latents: int = 32,
         latent_dim: int = 96,
         num_self_attends: int = 8,
@@ -62,6 +61,7 @@ class PerceiverEncoder(nn.Module):
         num_heads: int = 8,
         qk_channels: int = 96,
         v_channels: int = 96,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

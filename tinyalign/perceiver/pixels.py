@@ -33,7 +33,7 @@ class PixelPerceiver(nn.Module):
         image_size: side of the square images, in pixels.
         vocab_size: number of token ids.
         max_text_tokens: longest caption.
-        seed: what the weights are drawn from; None leaves the given encoder's alone and uses torch's generator.
+        seed: what the weights are drawn from, all but those of an encoder that was given; None uses torch's generator.
         device: where the weights live.
         dtype: dtype of the weights.
 
@@ -71,6 +71,7 @@ class PixelPerceiver(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("PixelPerceiver", "image_size", image_size)
+        given = encoder is not None
         encoder = PerceiverEncoder(TOKEN_CHANNELS, device=device, dtype=dtype) if encoder is None else encoder
         if encoder.input_dim != TOKEN_CHANNELS:
             raise ValueError(
@@ -84,12 +85,12 @@ class PixelPerceiver(nn.Module):
         self.pixel_padding = nn.Parameter(torch.empty(PADDING_CHANNELS, device=device, dtype=dtype))
         self.caption = CaptionTokens(vocab_size, max_text_tokens, device=device, dtype=dtype)
         self.encoder = encoder
-        self.reset_parameters(seed)
+        self.reset_parameters(seed, keep_encoder=given)
 
-    def reset_parameters(self, seed: int | None) -> None:
-        """Draw all weights from the seed, as transformers does: normal with 0.02."""
+    def reset_parameters(self, seed: int | None, *, keep_encoder: bool = False) -> None:
+        """Draw all weights from the seed, or all but the encoder's, as transformers does: normal with 0.02."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        if seed is not None:
+        if not keep_encoder:
             self.encoder.reset_parameters(generator)
         for projection in (self.pixel_projection, self.position_projection):
             draw_linears(projection, INITIALIZER_RANGE, generator)

@@ -199,8 +199,8 @@ class PerceiverPretrainer(nn.Module):
         del return_loss
         if self.training and not self._scale_is_known:  # asking the buffer in every step would wait for the device
             if not bool(self.compressor.image_scale_is_fitted):
-                self.compressor.fit_image_scale(image_features, image_mask)
-            self._scale_is_known = True
+                self._fit_image_scale(image_features, image_mask)
+            self._scale_is_known = bool(self.compressor.image_scale_is_fitted)
         text = as_long(text)
         if text is not None and text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
@@ -228,6 +228,12 @@ class PerceiverPretrainer(nn.Module):
         told = weights.text * text_loss + weights.bag * bag_loss
         loss = weights.image * image_loss + told + weights.contrastive * contrastive_loss
         return PretrainOutput(loss, image_loss, text_loss, bag_loss, contrastive_loss)
+
+    def _fit_image_scale(self, image_features: Tensor, image_mask: Tensor | None) -> None:
+        """Fit on the first batch that can be fitted on: one that holds at least two patches."""
+        places = image_features.shape[:-1].numel() if image_mask is None else int(image_mask.sum())
+        if places >= 2:
+            self.compressor.fit_image_scale(image_features, image_mask)
 
     def _check_text(self, text: Tensor, text_mask: Tensor) -> None:
         """What the compressor would not see of a hidden caption, which is a target all the same."""
@@ -321,7 +327,7 @@ def shuffled_places(mask: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _mean_square(errors: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, T, width) to (B, T). Masked errors are blanked first: a NaN among them would pass every later mask backward."""
+    """(B, T, width) to (B, T). Masked errors are blanked first: on the way back a NaN passes every later mask."""
     errors = errors if mask is None else errors.masked_fill(~mask.unsqueeze(2), 0.0)
     return errors.square().mean(dim=-1)
 
