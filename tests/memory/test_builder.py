@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_resumes_without_encoding_again(tmp_path, expected, same):
     assert not (tmp_path / "bank").exists()
     second = Encoder()
     bank = build_memory_bank(range(50), second, tmp_path / "bank", batch_size=5, options=options, progress=False)
-    assert second.seen == list(range(30, 50))
+    assert second.seen == [*range(5), *range(30, 50)]  # a finished batch is compared
     same(bank, expected)
     third = Encoder(dies_at=20)
     with pytest.raises(KeyboardInterrupt):
@@ -100,8 +101,8 @@ def test_another_plan_takes_the_place_of_a_build_that_was_published(tmp_path, ex
     with pytest.raises(KeyboardInterrupt):
         build()
     same(MemoryBank.load(tmp_path / "bank"), expected)
-    with pytest.raises(KeyboardInterrupt):  # again, and the plan is the same: nothing is encoded
-        build(encode=Encoder(dies_at=0))
+    with pytest.raises(KeyboardInterrupt):  # again, and the plan is the same: nothing new is encoded
+        build(encode=Encoder(dies_at=5))
     monkeypatch.undo()
     other = build(batch_size=4, fingerprint={"key.a": 2})
     same(other, expected)
@@ -130,7 +131,7 @@ def test_a_build_that_was_not_published_is_kept_from_another_plan(tmp_path, expe
         build_memory_bank(range(50), encode, tmp_path / "bank", batch_size=4, progress=False)
     again = Encoder()
     build_memory_bank(range(50), again, tmp_path / "bank", batch_size=5, progress=False)
-    assert again.seen == []
+    assert again.seen == list(range(5))
 
 
 def test_blocks_of_another_number_of_ranks_are_not_thrown_away(tmp_path, monkeypatch):
@@ -163,7 +164,7 @@ def test_int8_is_quantised_around_the_mean_of_all(tmp_path, expected):
     torch.testing.assert_close(MemoryBank.load(tmp_path / "b")[999].value, floats[0], atol=0.1, rtol=0)
 
 
-def test_a_kill_at_the_last_moment_encodes_nothing_again(tmp_path, expected, monkeypatch, same):
+def test_a_kill_at_the_last_moment_encodes_one_batch_again(tmp_path, expected, monkeypatch, same):
     from tinyalign.memory import saving
 
     save_all = saving.save_all
@@ -179,7 +180,7 @@ def test_a_kill_at_the_last_moment_encodes_nothing_again(tmp_path, expected, mon
     monkeypatch.undo()
     again = Encoder()
     same(build_memory_bank(range(50), again, tmp_path / "bank", batch_size=8, progress=False), expected)
-    assert again.seen == []
+    assert again.seen == list(range(8))
 
 
 def test_a_bad_record_is_named(tmp_path):
@@ -213,13 +214,113 @@ def test_bad_records_are_skipped_when_asked_and_listed(tmp_path):
         build_memory_bank(Records(), Encoder(bad=range(20)), tmp_path / "d", on_error="skip", progress=False)
 
 
+def test_a_record_whose_entry_is_refused_is_named(tmp_path):
+    def spoils(records):
+        made = encode(records)
+        made.keys[[r in (13, 14) for r in records]] = float("nan")
+        return made
+
+    with pytest.raises(BankError, match=r"record 13 must be .*keys must be finite.* that row\. Repair it, or"):
+        build_memory_bank(range(50), spoils, tmp_path / "b", batch_size=8, progress=False)
+    bank = build_memory_bank(range(50), spoils, tmp_path / "b", batch_size=8, on_error="skip", progress=False)
+    assert bank.ids.tolist() == [10 + r for r in range(50) if r not in (13, 14)]
+    assert [each.record for each in skipped_records(tmp_path / "b")] == [13, 14]
+
+
+def test_what_encode_returns_is_checked(tmp_path):
+    def build(encode, on_error="raise"):
+        return build_memory_bank(range(9), encode, tmp_path / "b", on_error=on_error, progress=False)
+
+    for on_error in ("raise", "skip"):  # no record is to blame
+        with pytest.raises(TypeError, match=r"build_memory_bank: encode must return an EncodedBatch, got tuple\. Put"):
+            build(lambda records: tuple(encode(records)), on_error)
+    with pytest.raises(BankError, match=r"record 0 to record 8 .* return 9 rows, got 2\. .* a smaller batch_size"):
+        build(lambda records: encode(records[:2]))
+
+    def thins(records):
+        made, kept = encode(records), [row for row, record in enumerate(records) if record != 3]
+        return made._replace(keys=made.keys[kept], values=made.values[kept])
+
+    with pytest.raises(BankError, match=r"record 3 must be .* encode must return 1 rows, got 0\. Return one per"):
+        build(thins)
+
+
+def test_nothing_is_encoded_for_a_path_that_is_taken(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    idle = Encoder()
+    for name, message in (("file", "path must be a directory, got the file"), ("folder", "holding 'thesis.tex'")):
+        with pytest.raises(BankError, match=message):
+            build_memory_bank(range(50), idle, tmp_path / name, progress=False)
+    assert idle.seen == []
+    assert sorted(e.name for e in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_build_in_which_everything_failed_leaves_nothing_behind(tmp_path, expected, same):
+    def spoils(records):
+        made = encode(records)
+        return made._replace(keys=made.keys * float("nan"))
+
+    for broken in (Encoder(bad=range(50)), spoils):
+        with pytest.raises(BankError, match=r"got 50 skipped, record 0 for ValueError.*Repair what reads or encodes"):
+            build_memory_bank(range(50), broken, tmp_path / "b", on_error="skip", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    same(build_memory_bank(range(50), encode, tmp_path / "b", progress=False), expected)
+
+
+def test_records_left_out_before_a_kill_are_not_forgotten(tmp_path):
+    options = {"batch_size": 5, "options": BuildOptions(commit_every=5), "progress": False}
+    build = partial(build_memory_bank, range(50), path=tmp_path / "b", **options)
+    with pytest.raises(KeyboardInterrupt):
+        build(encode=Encoder(bad=[0, 1, 2, 3, 4, 6], dies_at=33), on_error="skip")
+    with pytest.raises(BankError, match=r"on_error must be 'skip' as before, for record 0 was left out \(ValueError"):
+        build(encode=encode)
+    again = Encoder(bad=[0, 1, 2, 3, 4, 6])
+    assert len(build(encode=again, on_error="skip")) == 44
+    assert again.seen == [5, 7, 8, 9, *range(30, 50)]  # the first batch that has entries is compared
+    assert [each.record for each in skipped_records(tmp_path / "b")] == [0, 1, 2, 3, 4, 6]
+
+
+def changed(**change):
+    return lambda records: encode(records)._replace(**{name: make(records) for name, make in change.items()})
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            changed(values=lambda r: encode(r).values + 1),
+            r"difference of [0-9.]+ times .* record 0 on \(another encoder",
+        ),
+        (changed(keys=lambda r: encode(r).keys.repeat(1, 2)), r"a difference of inf .*another encoder"),
+        (changed(ids=lambda r: [5000 + n for n in r]), r"a difference of inf .*another encoder"),
+        (
+            changed(values=lambda r: torch.rand(len(r), 1, 3)),
+            r"each call makes others: is dropout .*eval mode, to go on",
+        ),
+        (Encoder(bad=range(50)), r"record 0 must be readable .* got ValueError: cannot read \[0\]\. Repair it\.$"),
+    ],
+)
+def test_another_encoder_does_not_go_on_with_a_killed_build(tmp_path, expected, same, second, message):
+    options = {"batch_size": 8, "options": BuildOptions(commit_every=8), "progress": False}
+    build = partial(build_memory_bank, range(50), path=tmp_path / "b", **options)
+    with pytest.raises(KeyboardInterrupt):
+        build(encode=Encoder(dies_at=33))
+    with pytest.raises(BankError, match=message):
+        build(encode=second)
+    nearly = build(encode=changed(keys=lambda r: encode(r).keys + 0.01))  # as another processor may make them
+    assert torch.allclose(nearly.keys(), expected.keys(), atol=0.01)
+    same(build(encode=encode, resume=False), expected)
+
+
 def test_a_batch_that_only_fails_together_is_not_blamed_on_a_record(tmp_path):
     def fails_in_company(records):
         if len(records) > 1:
             raise RuntimeError("out of memory")
         return encode(records)
 
-    with pytest.raises(BankError, match="records 0 to 3 must be encodable together, got RuntimeError: out of memory"):
+    with pytest.raises(BankError, match="record 0 to record 3 must be encodable together, got RuntimeError: out"):
         build_memory_bank(range(8), fails_in_company, tmp_path / "b", batch_size=4, progress=False)
 
 
@@ -274,7 +375,7 @@ def test_ranks_build_the_bank_of_one_process(tmp_path, expected, same):
         ([1], {"batch_size": 0}, "batch_size and commit_every must be positive, got 0"),
         ([1], {"options": BuildOptions(commit_every=0)}, "got 32, 0"),
         ([1], {"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
-        ([1, 1], {}, "ids must be distinct, got 11 twice"),
+        ([1, 1], {}, r"record 1 must be .* ids must be new, got 11 which the bank holds"),
     ],
 )
 def test_bad_settings(tmp_path, records, options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from functools import partial
 
 import pytest
@@ -55,6 +56,30 @@ def test_check_finds_none_for_the_same_encoder_and_drift_for_another():
     assert by_call.worst_id in bank
 
 
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_check_sees_scale_where_it_counts_and_the_value_that_moved_most(metric):
+    bank = bank_by(made_by(0.0), metric=metric)
+
+    def tripled(records):
+        made = made_by(0.0)(records)
+        return made._replace(keys=3 * made.keys)
+
+    assert bank.check(tripled, n=100).key_largest == pytest.approx(0.0 if metric == "cosine" else 2.0, abs=1e-2)
+
+    def one_value(records):
+        made = made_by(0.0)(records)
+        made.values[13] *= 50
+        return made
+
+    report = bank.check(one_value, n=100)
+    assert report.worst_id == 113
+    assert report.value_largest == pytest.approx(49, rel=1e-2)
+    zeros = MemoryBank(3, (2,), metric="ip")
+    zeros.add(torch.zeros(4, 3), torch.ones(4, 2))
+    same = zeros.check(lambda records: EncodedBatch(torch.zeros(4, 3), torch.ones(4, 2), []), n=4)
+    assert (same.key_largest, same.value_largest) == (0.0, 0.0)
+
+
 def test_check_of_a_transformed_bank():
     keys = made_by(0.0)([{"n": n} for n in range(20)]).keys
     bank = bank_by(made_by(0.0), transform=KeyTransform.fit(keys))
@@ -68,10 +93,16 @@ def test_check_refuses_what_cannot_be_compared():
         bank.check(made_by(0.0), n=0)
     with pytest.raises(BankError, match="the bank must hold entries, got 0"):
         MemoryBank(3, (2,)).check(made_by(0.0))
-    with pytest.raises(BankError, match="keys must have width 3, got 2"):
+    with pytest.raises(BankError, match="keys must hold 3 numbers, got 2"):
         bank.check(lambda records: EncodedBatch(torch.ones(len(records), 2), torch.ones(len(records), 2), []))
     with pytest.raises(BankError, match="values must hold 2 numbers, got 5"):
         bank.check(lambda records: EncodedBatch(torch.ones(len(records), 3), torch.ones(len(records), 5), []))
+    with pytest.raises(BankError, match="keys must hold 3 numbers, got 2"):
+        bank_by(made_by(0.0), transform=KeyTransform(torch.zeros(3))).check(
+            lambda records: EncodedBatch(torch.ones(len(records), 2), torch.ones(len(records), 2), [])
+        )
+    with pytest.raises(TypeError, match=r"MemoryBank\.check: encode must return an EncodedBatch, got tuple"):
+        bank.check(lambda records: tuple(made_by(0.0)(records)))
     with pytest.raises(ValueError, match="encode must return 20 rows, got 1"):
         bank.check(lambda records: EncodedBatch(torch.ones(1, 3), torch.ones(1, 2), []))
 
@@ -191,8 +222,71 @@ def test_a_killed_refresh_goes_on_where_it_was(tmp_path):
     bank.refresh(
         lambda records: [seen.extend(r["n"] for r in records), made_by(0.5)(records)][1], batch_size=4, progress=False
     )
-    assert seen == list(range(8, 20))
+    assert seen == [*range(4), *range(8, 20)]  # a finished batch is compared
     assert bank.check(made_by(0.5), n=20).key_largest < 1e-6
+
+
+@pytest.mark.parametrize("part", ["keys", "values", "both"])
+def test_another_encoder_does_not_go_on_with_a_killed_refresh(tmp_path, part):
+    bank_by(made_by(0.0)).save(tmp_path / "bank")
+
+    def refresh(encode, **options):
+        bank = MemoryBank.load(tmp_path / "bank")
+        bank.refresh(encode, part=part, batch_size=4, commit_every=8, progress=False, **options)
+        return bank
+
+    def dies(records):
+        if records[0]["n"] == 12:
+            raise KeyboardInterrupt
+        return made_by(0.5, shift=1.0)(records)
+
+    with pytest.raises(KeyboardInterrupt):
+        refresh(dies)
+    with pytest.raises(
+        BankError, match=r"MemoryBank\.refresh: encode must make .* entry 100 on \(another.*resume=False"
+    ):
+        refresh(made_by(0.9, shift=2.0))
+    report = refresh(made_by(0.9, shift=2.0), resume=False).check(made_by(0.9, shift=2.0), n=20)
+    assert part == "values" or report.key_largest < 1e-6
+    assert part == "keys" or report.value_largest < 1e-3
+
+
+def test_an_entry_that_cannot_be_encoded_again_is_named_and_no_skipping_advised(tmp_path):
+    bank = bank_by(made_by(0.0))
+    bank.save(tmp_path / "bank")
+
+    def spoils(records):
+        made = made_by(0.0)(records)
+        made.keys[[r["n"] == 13 for r in records]] = float("nan")
+        return made
+
+    with pytest.raises(BankError, match=r"refresh: entry 113 must be .*keys must be finite.* that row\. Repair it\.$"):
+        bank.refresh(spoils, progress=False)
+    with pytest.raises(TypeError, match=r"MemoryBank\.refresh: encode must return an EncodedBatch, got tuple"):
+        bank.refresh(lambda records: tuple(made_by(0.0)(records)), progress=False)
+    assert len(MemoryBank.load(tmp_path / "bank")) == 20
+
+
+def test_a_fingerprint_that_no_longer_holds_is_warned_of(tmp_path):
+    bank = bank_by(made_by(0.0), fingerprint={"key.encoder": "old", "data.n": 20})
+    bank.save(tmp_path / "bank")
+
+    def wider(records):
+        made = made_by(0.0)(records)
+        return made._replace(keys=made.keys.repeat(1, 2))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        bank.refresh(made_by(0.0), progress=False)  # by the same encoder
+        bank.refresh(made_by(0.0, shift=1.0), progress=False)  # nothing says what made the values
+        bank.refresh(made_by(0.5), part="values", progress=False)
+        bank.refresh(made_by(0.5), fingerprint={"key.encoder": "new"}, progress=False)
+    message = r"fingerprint must name what made the new keys, got the old fields .* by 0\.[0-9]+ times .*'key\.encoder'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        bank.refresh(made_by(0.0), part="keys", progress=False)
+    assert [each.filename for each in caught if each.category is UserWarning] == [__file__]
+    with pytest.warns(UserWarning, match="moved by inf times their size"):
+        bank.refresh(wider, progress=False)
 
 
 def test_what_a_refresh_of_an_earlier_generation_left_is_cleared_away(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from tinyalign.memory.codec import ValueCodec
 from tinyalign.memory.contents import Contents
 from tinyalign.memory.encoding import BuildOptions, EncodedBatch, SkippedRecord, encode_all
 from tinyalign.memory.fingerprint import checked_fingerprint
-from tinyalign.memory.store import current
+from tinyalign.memory.store import current, prepare
 
 WHERE = "build_memory_bank"
 SKIPPED = "skipped.json"
@@ -38,8 +38,9 @@ def build_memory_bank(
     """Encode records in batches and publish them as a bank at ``path``.
 
     Finished blocks are kept beside ``path`` until the end, so that a killed build continues where it was; those of
-    another plan are refused, unless their bank was published before the kill. A bank that stands at ``path`` stays in
-    use until the new one replaces it in one step. Under ``torchrun`` or ``accelerate launch`` each rank encodes its
+    another plan are refused, unless their bank was published before the kill, and so are those of another encoder: one
+    finished batch is encoded again and compared. A bank that stands at ``path`` stays in use until the new one replaces
+    it in one step. Under ``torchrun`` or ``accelerate launch`` each rank encodes its
     share of the batches and rank 0 joins them in order: the same bank as from one process.
 
     Args:
@@ -55,7 +56,9 @@ def build_memory_bank(
 
     Raises:
         ValueError: there are no records, or a setting is out of range.
-        BankError: a record cannot be encoded (``raise``), or a killed build of another plan stands there.
+        TypeError: ``encode`` returns something else than an ``EncodedBatch``.
+        BankError: a record cannot be encoded (``raise``) or none can, the path holds something else, or a killed build
+            of another plan or encoder stands there.
 
     Example:
         >>> import tempfile
@@ -77,6 +80,8 @@ def build_memory_bank(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"{WHERE}: on_error must be 'raise' or 'skip', got {on_error!r}. Choose one of them.")
     target = Path(path).absolute()
+    if target.exists():
+        prepare(target, WHERE)  # before anything is encoded
     work = target.parent / f".{target.name}.build"
     prints = checked_fingerprint(fingerprint, WHERE)
     codec = ValueCodec(torch.int8) if options.value_dtype == torch.int8 else None

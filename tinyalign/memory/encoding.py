@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,11 +23,12 @@ from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.fingerprint import Fingerprint, differing_fields
 from tinyalign.memory.manifest import MANIFEST
-from tinyalign.memory.shards import Share, share_of, start_anew, wait_until
+from tinyalign.memory.shards import Share, discard, share_of, start_anew, wait_until
 from tinyalign.memory.transform import KeyTransform
 
 DONE = "build.done"  # fields of a shard's fingerprint, committed together with its entries: records finished,
 LEFT_OUT = "build.skipped"  # and those that could not be
+SAME = 0.05  # of the size of what was made: far above what half precision does to it, far below another encoder
 
 
 class EncodedBatch(NamedTuple):
@@ -110,6 +114,20 @@ class _OtherPlanError(BankError):
     """What a killed build left was made by another plan."""
 
 
+class NoBatchError(TypeError):
+    """``encode`` returned something else than an ``EncodedBatch``: no record is to blame."""
+
+
+def as_batch(encoded: object, where: str) -> EncodedBatch:
+    """Return what ``encode`` returned, or say that it is no ``EncodedBatch``."""
+    if not isinstance(encoded, EncodedBatch):
+        found = type(encoded).__name__
+        raise NoBatchError(
+            f"{where}: encode must return an EncodedBatch, got {found}. Put keys, values and ids in one."
+        )
+    return encoded
+
+
 def encode_all(
     records: Sequence[Any],
     encode: Callable[[list[Any]], EncodedBatch],
@@ -120,14 +138,17 @@ def encode_all(
     batch_size: int,
     options: BuildOptions,
     resume: bool = True,
-    skip: bool = False,
+    skip: bool | None = None,
     progress: bool = True,
     where: str = "build_memory_bank",
+    called: Callable[[int], str] = "record {}".format,
     over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Encode this rank's share into ``work``; rank 0 then publishes the entries of all ranks, in order.
 
-    What another plan left in ``work`` is refused, or deleted where ``over`` says that nothing can come of it any more.
+    What another plan left in ``work`` is refused, or deleted where ``over`` says that nothing can come of it any more;
+    what another encoder left is refused. ``skip`` is None where the caller cannot ask for it, and ``called`` names the
+    record of an index in errors.
     """
     share = share_of(len(records), batch_size)
     plan = {
@@ -143,12 +164,12 @@ def encode_all(
     if not resume:
         start_anew(work, share)
     try:
-        shard = _Shard(share, work, plan, options, where)
+        shard = _Shard(share, work, plan, options, where, called)
     except _OtherPlanError:
         if not over():
             raise
         start_anew(work, share)
-        shard = _Shard(share, work, plan, options, where)
+        shard = _Shard(share, work, plan, options, where, called)
     work.mkdir(parents=True, exist_ok=True)
     shard.build(records, encode, batch_size, skip=skip, progress=progress)
     if share.rank:
@@ -159,7 +180,11 @@ def encode_all(
     opened = [saving.load(shard, mapped=True, caller=where) for shard in shards if (shard / MANIFEST).exists()]
     skipped = [SkippedRecord(*each) for marker in share.finished(work) if marker for each in marker["skipped"]]
     if not opened:
-        raise BankError(f"{where}: some records must be encodable, got {len(skipped)} skipped. First: {skipped[:1]}.")
+        discard(work)  # nothing was finished: the next build tries them all again
+        raise BankError(
+            f"{where}: some records must be encodable, got {len(skipped)} skipped, {called(skipped[0].record)} for "
+            f"{skipped[0].error.rstrip('.')}. Repair what reads or encodes them."
+        )
     publish(saving.merged([(each.contents, {}) for each in opened], where), skipped)
     share.finish(work, options.timeout)
 
@@ -167,8 +192,17 @@ def encode_all(
 class _Shard:
     """A rank's entries on the way: a bank of its own whose commits are the state to resume from."""
 
-    def __init__(self, share: Share, work: Path, plan: Fingerprint, options: BuildOptions, where: str) -> None:
+    def __init__(
+        self,
+        share: Share,
+        work: Path,
+        plan: Fingerprint,
+        options: BuildOptions,
+        where: str,
+        called: Callable[[int], str],
+    ) -> None:
         self.share, self.work, self.plan, self.options, self.where = share, work, plan, options, where
+        self.called = called
         self.folder = share.folder(work)
         self.contents: Contents | None = None
         self.home: saving.Home | None = None
@@ -198,12 +232,21 @@ class _Shard:
         encode: Callable[[list[Any]], EncodedBatch],
         batch_size: int,
         *,
-        skip: bool,
+        skip: bool | None,
         progress: bool,
     ) -> None:
         """Encode what is left of the share, committing now and then."""
         begin, end = self.done, self.share.end
-        if self.share.marker(self.work).exists():
+        finished = self.share.finished(self.work)[self.share.rank]
+        left_out = [SkippedRecord(*each) for each in finished["skipped"]] if finished else self.skipped
+        if left_out and not skip:
+            raise BankError(
+                f"{self.where}: on_error must be 'skip' as before, for {self.called(left_out[0].record)} was left out "
+                f"({left_out[0].error}), got 'raise'. Pass resume=False to start anew."
+            )
+        if self.contents is not None:
+            self._check_encoder(records, encode, batch_size)
+        if finished:
             return
         batches = [list(range(at, min(at + batch_size, end))) for at in range(begin, end, batch_size)]
         loader = DataLoader(
@@ -228,8 +271,44 @@ class _Shard:
         skipped = [list(each) for each in self.skipped]
         write_json(self.share.marker(self.work), {"plan": self.plan, "skipped": skipped})
 
+    def _check_encoder(
+        self, records: Sequence[Any], encode: Callable[[list[Any]], EncodedBatch], batch_size: int
+    ) -> None:
+        """Encode a finished batch again: what another encoder makes must not be mixed in."""
+        left_out = {each.record for each in self.skipped}
+        starts = range(self.share.begin, self.done, batch_size)
+        spans = (list(range(at, min(at + batch_size, self.done))) for at in starts)
+        span = next(each for each in spans if not left_out.issuperset(each))
+        numbered = _Numbered(records)
+        batch = [numbered[index] for index in span]
+
+        def again() -> Contents | None:
+            probe = self._afresh()
+            probe._take(span, batch, encode, skip=True)
+            if probe.contents is None:
+                self._fail(*probe.skipped[0], skip=None)
+            return probe.contents
+
+        made = again()
+        apart = _apart(made, self.contents)
+        if apart > SAME:
+            steady = _apart(made, again()) <= SAME
+            cause = (
+                "another encoder made them" if steady else "each call makes others: is dropout on, or a random crop?"
+            )
+            raise BankError(
+                f"{self.where}: encode must make the entries that the killed run made, got a difference of {apart:.2g} "
+                f"times their size from {self.called(span[0])} on ({cause}). Pass resume=False to start anew, or the "
+                "encoder of then, in eval mode, to go on."
+            )
+
+    def _afresh(self) -> _Shard:
+        probe = copy.copy(self)
+        probe.contents, probe.skipped = None, []
+        return probe
+
     def _take(
-        self, span: list[int], batch: list[Any], encode: Callable[[list[Any]], EncodedBatch], *, skip: bool
+        self, span: list[int], batch: list[Any], encode: Callable[[list[Any]], EncodedBatch], *, skip: bool | None
     ) -> None:
         for each in batch:
             if isinstance(each, _Unreadable):
@@ -238,36 +317,41 @@ class _Shard:
         if not readable:
             return
         try:
-            self._add(encode([record for _, record in readable]))
+            self._add(encode([record for _, record in readable]), len(readable))
             return
+        except NoBatchError:
+            raise
         except Exception as error:  # noqa: BLE001 (whatever encoding may raise)
             failure = error
         for index, record in readable:  # find the culprit, and keep its batch mates where that is asked
             try:
-                encoded = encode([record])
-                if skip:
-                    self._add(encoded)
+                self._add(encode([record]), 1)
             except Exception as error:  # noqa: BLE001 (whatever encoding a record may raise)
                 self._fail(index, f"{type(error).__name__}: {error}", skip=skip, cause=error)
         if not skip:
             raise BankError(
-                f"{self.where}: records {span[0]} to {span[-1]} must be encodable together, got "
-                f"{type(failure).__name__}: {failure}. Each alone can be: try a smaller batch_size."
+                f"{self.where}: {self.called(span[0])} to {self.called(span[-1])} must be encodable together, got "
+                f"{type(failure).__name__}: {str(failure).rstrip('.')}. Each alone can be: try a smaller batch_size."
             ) from failure
 
-    def _fail(self, index: int, error: str, *, skip: bool, cause: Exception | None = None) -> None:
+    def _fail(self, index: int, error: str, *, skip: bool | None, cause: Exception | None = None) -> None:
         if not skip:
+            advice = "" if skip is None else ", or pass on_error='skip' to leave such records out and list them"
             raise BankError(
-                f"{self.where}: record {index} must be readable and encodable, got {error}. "
-                "Repair it, or pass on_error='skip' to leave such records out and list them."
+                f"{self.where}: {self.called(index)} must be readable and encodable, got {error.rstrip('.')}. "
+                f"Repair it{advice}."
             ) from cause
         self.skipped.append(SkippedRecord(index, error))
 
-    def _add(self, encoded: EncodedBatch) -> None:
-        if self.contents is None:
-            self.contents = self._empty(encoded)
-        given = encoded.keys, encoded.values, encoded.ids, encoded.groups, encoded.metadata
-        self.contents.append(*given, self.where)
+    def _add(self, encoded: EncodedBatch, count: int) -> None:
+        given = as_batch(encoded, self.where)
+        if len(given.keys) != count:
+            raise ValueError(
+                f"{self.where}: encode must return {count} rows, got {len(given.keys)}. Return one per record."
+            )
+        contents = self._empty(given) if self.contents is None else self.contents
+        contents.append(given.keys, given.values, given.ids, given.groups, given.metadata, self.where)
+        self.contents = contents  # only now: what was refused settles no sizes
 
     def _empty(self, encoded: EncodedBatch) -> Contents:
         options = self.options
@@ -287,3 +371,20 @@ class _Shard:
         else:
             saving.commit(self.contents, state, self.home, self.where)
         self.contents, _, self.home = saving.load(self.folder, mapped=True, caller=self.where)
+
+
+def _apart(made: Contents | None, stored: Contents | None) -> float:
+    """Return how far entries of the same ids lie apart, over their size; infinity where none can be compared."""
+    if made is None or stored is None or made.spec != stored.spec:
+        return math.inf
+    rows = stored.table.find(made.table.column("ids"))
+    there = rows >= 0
+    if not there.any():
+        return math.inf
+    mine, theirs = torch.from_numpy(np.flatnonzero(there)), torch.from_numpy(rows[there])
+    pairs = (
+        (made.keys_at(mine).double(), stored.keys_at(theirs).double()),
+        (made.values_at(mine).double(), stored.values_at(theirs).double()),
+    )
+    tiny = torch.finfo(torch.float64).tiny
+    return max(float((new - old).norm() / old.norm().clamp_min(tiny)) for new, old in pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,9 @@ from torch import Tensor
 
 from tinyalign.memory.codec import ValueCodec
 from tinyalign.memory.contents import Contents
-from tinyalign.memory.encoding import BuildOptions, EncodedBatch, SkippedRecord, encode_all
+from tinyalign.memory.encoding import SAME, BuildOptions, EncodedBatch, SkippedRecord, as_batch, encode_all
 from tinyalign.memory.errors import BankError
-from tinyalign.memory.fingerprint import Fingerprint
+from tinyalign.memory.fingerprint import Fingerprint, differing_fields
 from tinyalign.memory.rows import RowTable
 from tinyalign.memory.saving import Home, save_all
 from tinyalign.memory.shards import discard
@@ -31,11 +33,12 @@ class DriftReport(NamedTuple):
 
     Args:
         num_entries: entries that were compared.
-        key_mean: mean of one minus the cosine between the two keys.
+        key_mean: mean of one minus the cosine between the two keys; for metric ``ip``, of their distance over the
+            stored one's norm.
         key_largest: the largest of them.
         value_mean: mean distance between the two values over the stored one's norm.
         value_largest: the largest of them.
-        worst_id: the entry whose key or value moved most.
+        worst_id: the entry whose key or value moved most, by distance over the stored one's norm.
     """
 
     num_entries: int
@@ -56,29 +59,37 @@ def check_bank(contents: Contents, encode: Encode, n: int, records: Records, see
     live = contents.table.live_rows()
     rows = np.sort(np.random.default_rng(seed).choice(live, size=min(n, len(live)), replace=False))
     ids = contents.table.column("ids")[rows]
-    encoded = encode([_record(contents, records, int(row), int(entry)) for row, entry in zip(rows, ids, strict=True)])
-    keys = contents.stored_keys(_float_rows(encoded.keys, len(rows), where), where).double()
-    stored = contents.keys_at(torch.from_numpy(rows)).double()
-    if keys.shape != stored.shape:
-        raise BankError(
-            f"{where}: keys must have width {stored.shape[1]}, got {keys.shape[1]}. Another encoder made them."
-        )
-    drift = 1 - torch.cosine_similarity(keys, stored, dim=-1)
-    old = contents.values_at(torch.from_numpy(rows)).double()
-    new = _float_rows(encoded.values, len(rows), where).reshape(len(rows), -1).double()
-    if new.shape != old.shape:
-        raise BankError(f"{where}: values must hold {old.shape[1]} numbers, got {new.shape[1]}. Another one made them.")
-    moved = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
-    worst = int(ids[int(drift.argmax())])
+    sampled = [_record(contents, records, int(row), int(entry)) for row, entry in zip(rows, ids, strict=True)]
+    encoded = as_batch(encode(sampled), where)
+    new_keys, old_keys = _pair(contents, rows, encoded, "keys", where)
+    new_values, old_values = _pair(contents, rows, encoded, "values", where)
+    keys, values = _distances(new_keys, old_keys), _distances(new_values, old_values)
+    worst = int(ids[int(torch.maximum(keys, values).argmax())])
+    if contents.spec.metric == "cosine":
+        keys = 1 - torch.cosine_similarity(new_keys, old_keys, dim=-1)
     return DriftReport(
-        len(rows), float(drift.mean()), float(drift.max()), float(moved.mean()), float(moved.max()), worst
+        len(rows), float(keys.mean()), float(keys.max()), float(values.mean()), float(values.max()), worst
     )
 
 
-def _float_rows(tensor: Tensor, count: int, where: str) -> Tensor:
-    if tensor.shape[0] != count:
-        raise ValueError(f"{where}: encode must return {count} rows, got {tensor.shape[0]}. Return one per record.")
-    return tensor.detach().cpu()
+def _pair(contents: Contents, rows: np.ndarray, made: EncodedBatch, part: str, where: str) -> tuple[Tensor, Tensor]:
+    """Return keys or values (n, width) as they were made now, and as they are stored."""
+    at = torch.from_numpy(rows)
+    new = torch.as_tensor(made.keys if part == "keys" else made.values).detach().cpu()
+    if len(new) != len(rows):
+        raise ValueError(f"{where}: encode must return {len(rows)} rows, got {len(new)}. Return one per record.")
+    new, width = new.reshape(len(rows), -1), contents.input_dim if part == "keys" else contents.spec.value_size
+    if new.shape[1] != width:
+        raise BankError(f"{where}: {part} must hold {width} numbers, got {new.shape[1]}. Another encoder made them.")
+    if part == "keys":
+        return contents.stored_keys(new, where).double(), contents.keys_at(at).double()
+    return new.double(), contents.values_at(at).double()
+
+
+def _distances(new: Tensor, old: Tensor) -> Tensor:
+    """Return how far rows lie apart, (n,), over the old ones' norms."""
+    distances: Tensor = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return distances
 
 
 def _record(contents: Contents, records: Records, row: int, entry: int) -> Any:
@@ -120,11 +131,15 @@ def refresh_bank(
     where = "MemoryBank.refresh"
     if part not in PARTS:
         raise ValueError(f"{where}: part must be one of {', '.join(PARTS)}, got {part!r}. Say what to make anew.")
-    table = contents.table
+    table, entries = contents.table, _EntryRecords(contents, records)
+    unnamed = _unnamed(home.manifest.fingerprint, fingerprint, part)
+    moved: dict[str, float] = {}
 
     def again(batch: list[Any]) -> EncodedBatch:
         rows = np.asarray([row for row, _ in batch])
-        made = encode([record for _, record in batch])
+        made = as_batch(encode([record for _, record in batch]), where)
+        for name in unnamed:
+            moved.setdefault(name, _moved(contents, rows, made, name, where))
         keys = torch.ones(len(rows), 1) if part == "values" else made.keys
         values = torch.ones(len(rows), 1) if part == "keys" else made.values
         ids, groups = (table.column(name)[rows].tolist() for name in ("ids", "groups"))
@@ -155,7 +170,6 @@ def refresh_bank(
         options = options._replace(metric="ip", transform=None)  # the keys are placeholders
     plan: Fingerprint = {**fingerprint, "build.refresh": part, "build.from": contents.content_hash()}
     work = _workplace(home.directory, home.manifest.generation)
-    entries = _EntryRecords(contents, records)
     encode_all(
         entries,
         again,
@@ -167,7 +181,34 @@ def refresh_bank(
         resume=resume,
         progress=progress,
         where=where,
+        called=lambda index: f"entry {entries.ids[index]}",
     )
+    for name, share in moved.items():
+        if share > SAME:
+            field = f"{name[:-1]}.encoder"
+            message = (
+                f"{where}: fingerprint must name what made the new {name}, got the old fields for {name} that moved by "
+                f"{share:.2g} times their size. Set bank.fingerprint[{field!r}] or the like, and commit()."
+            )
+            warnings.warn(message, stacklevel=3)
+
+
+def _unnamed(old: Fingerprint, new: Fingerprint, part: str) -> list[str]:
+    """Return which of keys and values are made anew although the fields that name their maker stay as they are."""
+    return [
+        name
+        for name, prefix in (("keys", "key."), ("values", "value."))
+        if part in (name, "both")
+        and any(field.startswith(prefix) for field in old)
+        and not differing_fields(old, new, prefix)
+    ]
+
+
+def _moved(contents: Contents, rows: np.ndarray, made: EncodedBatch, part: str, where: str) -> float:
+    try:
+        return float(_distances(*_pair(contents, rows, made, part, where)).mean())
+    except BankError:  # of another width
+        return math.inf
 
 
 def _workplace(directory: Path, generation: int) -> Path:
