@@ -268,6 +268,8 @@ def test_refusals(filled):
         bank.gather(torch.tensor([7]))
     with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'test', given: 'other'\)"):
         bank.search(keys[:1], fingerprint={"key.encoder": "other"})
+    with pytest.raises(TypeError, match="fingerprint must be a dict of plain values, got str"):
+        bank.search(keys[:1], fingerprint="key.encoder")
     bank.search(keys[:1], fingerprint={"key.encoder": "test"})
     assert len(bank) == 60
 

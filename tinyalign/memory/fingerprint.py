@@ -43,7 +43,7 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix:
 
 def require_match(ours: Mapping[str, Any], theirs: Mapping[str, Any], caller: str, prefix: str = "") -> None:
     """Raise ``FingerprintMismatch`` naming every differing field under ``prefix``."""
-    differences = differing_fields(ours, theirs, prefix)
+    differences = differing_fields(ours, checked_fingerprint(theirs, caller), prefix)
     if differences:
         raise FingerprintMismatch(
             f"{caller}: fingerprint must match the bank's, got a difference in {'; '.join(differences)}. "
