@@ -104,6 +104,115 @@ def test_fingerprint_names_the_weights(clip_folder):
     assert key.fingerprint()["key.weights"] != before["key.weights"]
 
 
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    """A tiny untrained BERT with a tokenizer of whole words and mean pooling, saved as a user's would be."""
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "a", "red", "blue", "circle", "square", "find"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    path = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape)).save_pretrained(path)
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
+    whole.save_pretrained(path)
+    saved = tmp_path_factory.mktemp("bert-st")
+    SentenceTransformer(modules=[Transformer(str(path)), Pooling(16)], device="cpu").save(str(saved))
+    return saved
+
+
+@pytest.mark.parametrize("model", ["bert_folder", "clip_folder", "folder"])
+def test_the_fingerprint_stays_where_nothing_of_the_model_changes(request, model, tmp_path):
+    import shutil
+
+    first = SentenceTransformerKey(request.getfixturevalue(model), device="cpu")
+    before = first.fingerprint()
+    first.keys(["a red circle", "blue"])
+    assert first.fingerprint() == before
+    shutil.copytree(request.getfixturevalue(model), tmp_path / "elsewhere")
+    assert SentenceTransformerKey(tmp_path / "elsewhere", device="cpu").fingerprint() == before
+    first.model.save(str(tmp_path / "again"))
+    assert SentenceTransformerKey(tmp_path / "again", device="cpu").fingerprint() == before
+
+
+def pooled(model):
+    model[1].pooling_mode = "cls"
+
+
+def cut(model):
+    model.truncate_dim = 8
+
+
+def replaced(model):
+    from tokenizers import normalizers
+
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("red", "blue")
+
+
+def prompted(model):
+    model.prompts, model.default_prompt_name = {"query": "find "}, "query"
+
+
+def bent(model):
+    model[0].model.config.hidden_act = "relu"
+    model[0].model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        (pooled, {"key.config"}),
+        (bent, {"key.config"}),
+        (cut, {"key.truncate_dim"}),
+        (replaced, {"key.processor"}),
+        (prompted, {"key.key_prompt", "key.query_prompt"}),
+    ],
+)
+def test_the_fingerprint_names_whatever_changes_the_keys(bert_folder, change, fields):
+    key, text = SentenceTransformerKey(bert_folder, device="cpu"), ["a red circle"]
+    before, plain = key.fingerprint(), key.keys(text)
+    change(key.model)
+    after, keys = key.fingerprint(), key.keys(text)
+    assert keys.shape != plain.shape or (keys - plain).abs().max() > 1e-3
+    assert {name for name in after if after[name] != before[name]} == fields
+
+
+def test_the_fingerprint_names_image_processing_and_stop_words(clip_folder, folder):
+    from PIL import Image
+
+    for model, inputs, change in (
+        (
+            clip_folder,
+            [Image.new("RGB", (20, 16), "red")],
+            lambda m: setattr(m[0].processor.image_processor, "image_mean", (0, 0, 0)),
+        ),
+        (folder, ["red circle"], lambda m: m[0].tokenizer.stop_words.add("red")),
+    ):
+        key = SentenceTransformerKey(model, device="cpu")
+        before, plain = key.fingerprint(), key.keys(inputs)
+        change(key.model)
+        after = key.fingerprint()
+        assert (key.keys(inputs) - plain).abs().max() > 1e-3
+        assert {name for name in after if after[name] != before[name]} == {"key.processor"}
+
+
+def test_the_default_prompt_is_as_good_as_one_given(bert_folder):
+    given = SentenceTransformerKey(bert_folder, device="cpu", query_prompt="find ", key_prompt="find ")
+    default = SentenceTransformerKey(bert_folder, device="cpu")
+    prompted(default.model)
+    assert torch.equal(given.keys(["blue"]), default.keys(["blue"]))
+    assert given.fingerprint() == default.fingerprint()
+    none = SentenceTransformerKey(default.model, query_prompt="", key_prompt="")
+    assert (none.fingerprint()["key.key_prompt"], default.fingerprint()["key.key_prompt"]) == ("", "find ")
+
+
 def test_images_and_texts_share_a_space(clip_folder):
     from PIL import Image
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from tinyalign._files import hash_tensors
 from tinyalign.memory.fingerprint import Fingerprint
+
+# Settings of this name say where a model lies and what it has done so far, not what it does.
+PASSING = ("path", "file", "version", "commit", "dtype", "architectures", "warnings", "cache", "init_")
 
 
 class SentenceTransformerKey:
@@ -85,17 +90,69 @@ class SentenceTransformerKey:
         return int(dim)
 
     def fingerprint(self) -> Fingerprint:
-        """Return the ``key.`` fields of a bank made with this model: its weights, modules, prompts and length."""
-        modules = "+".join(type(module).__name__ for module in self.model)
+        """Return the ``key.`` fields of a bank made with this model: all that decides what keys and queries come out.
+
+        These are its weights, its modules and their configurations, tokenizer and image processing, the prompts (the
+        model's default one where none was given), the length of texts and of keys.
+        """
+        parts = [part for part in self.model.modules() if hasattr(part, "get_config_dict") and part is not self.model]
+        configs = [(_plain(part.get_config_dict()), _settings(_config_of(part))) for part in parts]
+        processors = {id(p): p for part in parts for p in _processors_of(part)}
+        prompts, default = getattr(self.model, "prompts", None) or {}, getattr(self.model, "default_prompt_name", None)
         length = getattr(self.model, "max_seq_length", None)
         return {
             "key.encoder": "sentence-transformers",
-            "key.modules": modules,
+            "key.modules": "+".join(type(module).__name__ for module in self.model),
+            "key.config": _named(configs),
+            "key.processor": _named([_settings(processor) for processor in processors.values()]),
             "key.weights": hash_tensors(self.model.state_dict()),
-            "key.key_prompt": self.key_prompt,
-            "key.query_prompt": self.query_prompt,
+            "key.key_prompt": prompts.get(default) if self.key_prompt is None else self.key_prompt,
+            "key.query_prompt": prompts.get(default) if self.query_prompt is None else self.query_prompt,
             "key.max_length": length if isinstance(length, int) else None,
+            "key.truncate_dim": getattr(self.model, "truncate_dim", None),
         }
+
+
+def _config_of(part: Any) -> Any:
+    model = getattr(part, "auto_model", None)  # where sentence-transformers 5 keeps it
+    return getattr(part, "config", None) or getattr(model, "config", None)
+
+
+def _processors_of(part: Any) -> list[Any]:
+    found = [getattr(part, "processor", None), getattr(part, "tokenizer", None)]
+    return [processor for processor in found if processor is not None]
+
+
+def _settings(part: Any) -> Any:
+    """Return what decides how a configuration, tokenizer or image processor works, as plain JSON."""
+    if hasattr(part, "backend_tokenizer"):
+        rules = json.loads(part.backend_tokenizer.to_str())
+        rules.update(padding=part.padding_side, truncation=part.truncation_side)  # the lengths are set at every call
+        return rules
+    for ask in ("to_diff_dict", "to_dict"):
+        if hasattr(part, ask):
+            return _plain(_lasting(getattr(part, ask)()))
+    return _plain(_lasting(vars(part))) if hasattr(part, "__dict__") else _plain(part)
+
+
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if not any(word in name for word in PASSING)}
+    return {n: _lasting(v) if n.endswith("_config") and isinstance(v, Mapping) else v for n, v in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(each) for each in value)
+    plain = value is None or isinstance(value, (str, int, float, bool))
+    return value if plain else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _named(settings: list[Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
 
 
 def concatenate_keys(keys: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
