@@ -212,6 +212,13 @@ def test_a_wrong_name_is_refused_wherever_it_comes_from(monkeypatch):
         attend(q, q, q)
 
 
+def test_an_empty_variable_is_as_good_as_none(spies, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    q = torch.randn(1, 1, 2, 4)
+    attend(q, q, q)
+    assert (ran(spies), attention_report().chosen_by) == (["sdpa"], "auto")
+
+
 def test_the_context_stays_in_its_thread():
     seen = []
     with use_attention_backend("reference"):
@@ -236,6 +243,18 @@ def test_the_report_says_what_ran_and_why():
     assert "sdpa runs (chosen by auto)" in str(report)
     assert "  ran reference (the argument): AttentionSpec(device='cpu', dtype=torch.float32, head_dim=6," in str(report)
     assert "xformers: it has no kernels for cpu tensors; head widths" in str(report)
+
+
+def test_the_report_explains_a_choice_that_cannot_run(monkeypatch):
+    for asked in ("xformers", "flash"):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, asked)
+        report = attention_report("cpu")
+        assert (report.backend, report.chosen_by, report.asked) == (None, ENVIRONMENT_VARIABLE, asked)
+        assert str(report).startswith(f"nothing runs, asked for '{asked}' (chosen by {ENVIRONMENT_VARIABLE})\n")
+    with use_attention_backend("xformers"):
+        assert (attention_report("cpu").backend, attention_report("cpu").chosen_by) == (None, "use_attention_backend")
+    with use_attention_backend("reference"):
+        assert str(attention_report("cpu")).startswith("reference runs (chosen by use_attention_backend)\n")
 
 
 def test_the_real_xformers_backend_declines_on_the_cpu_without_an_import():
@@ -334,6 +353,8 @@ def test_wrong_tensors_are_refused():
         attend(q, q.half(), q)
     with pytest.raises(ValueError, match=r"q and k heads and width, got .*\(2, 2, 3, 5\)"):
         attend(q, torch.randn(2, 2, 3, 5), q)
+    with pytest.raises(ValueError, match=r"q and k must have a width of at least 1, got \(2, 2, 3, 0\)"):
+        attend(q[..., :0], q[..., :0], q)
     with pytest.raises(ValueError, match="q must have the batch of k or a batch of 1, got 2 and 3"):
         attend(q, torch.randn(3, 2, 3, 4), torch.randn(3, 2, 3, 4))
     with pytest.raises(TypeError, match=r"keep must be boolean, True = keep, got torch.float32"):

@@ -112,13 +112,31 @@ def test_no_trial_is_made_while_a_graph_is_captured(monkeypatch, library):
 
 def test_what_runs_on_cuda_is_xformers_once_its_trial_succeeds(monkeypatch, library):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "BACKENDS", {b.name: b for b in (Xformers(), Sdpa(), Reference())})
     with Here():
         report = attention_report("cuda", torch.float16, head_dim=16, mask="packed")
         assert (report.backend, report.chosen_by, report.reasons["xformers"]) == ("xformers", "auto", ())
-        assert attention_report("cuda", torch.float16, head_dim=12).backend == "sdpa"
+        assert attention_report("cuda", torch.float16, head_dim=12).backend == "xformers"  # run as 16
+        assert {shape[-1] for shape, *_ in library} == {16}
         assert attention_report("cuda", torch.float64, head_dim=16).backend == "sdpa"
         assert attention_report("cuda", torch.float32, head_dim=12).backend == "xformers"
+
+
+def test_without_a_device_nothing_runs_on_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "BACKENDS", {b.name: b for b in (Xformers(), Sdpa(), Reference())})
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
+    report = attention_report("cuda")
+    assert (report.backend, report.chosen_by) == (None, "auto")
+    absent, missing = report.reasons["xformers"]
+    assert "it is not installed or does not load" in missing
+    assert report.reasons == {"xformers": (absent, missing), "sdpa": (absent,), "reference": (absent,)}
+    assert f"nothing runs, asked for 'auto' (chosen by auto)\n  xformers: torch finds no CUDA device; {missing}" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.float16, 8), (torch.bfloat16, 8)])

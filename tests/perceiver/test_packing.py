@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyalign._attention.backends import Sdpa, Xformers
-from tinyalign._attention.dispatch import attend_packed
+from tinyalign._attention.dispatch import AttentionBackendError, attend_packed
 from tinyalign._attention.packing import pack, unpack
 from tinyalign.perceiver import PerceiverCompressor, PerceiverSizes, attend, layers
 from tinyalign.perceiver.layers import PerceiverLayer, padded_width
@@ -218,6 +218,17 @@ def test_autocast_decides_the_dtype_that_is_padded_for():
         assert layers.compute_dtype(tensor) == torch.bfloat16
         for kept in (torch.float64, torch.int64):  # what torch's autocast leaves alone
             assert layers.compute_dtype(tensor.to(kept)) == kept
+
+
+@pytest.mark.parametrize(("batch", "keys"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize(("backend", "reason"), [("xformers", "no kernels for cpu tensors"), ("flash", "got 'flash'")])
+def test_a_choice_is_checked_where_there_is_nothing_to_do(batch, keys, backend, reason):
+    k = torch.randn(batch, 2, keys, 4)
+    with pytest.raises(AttentionBackendError, match=reason):
+        attend(torch.randn(1, 2, 5, 4), k, k, backend=backend)
+    packed = pack(torch.zeros(0, 3, 1), torch.zeros(0, 3, dtype=torch.bool))
+    with pytest.raises(AttentionBackendError, match=reason):
+        attend_packed(torch.randn(1, 2, 5, 4), torch.zeros(0, 2, 4), torch.zeros(0, 2, 4), packed, backend=backend)
 
 
 def test_keys_of_another_number_are_refused():

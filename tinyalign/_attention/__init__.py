@@ -5,7 +5,7 @@ It lies below the packages that use it, since these never import each other. `ti
 
 from __future__ import annotations
 
-from tinyalign._attention.backends import AttentionSpec, compute_dtype, without_autocast
+from tinyalign._attention.backends import AttentionSpec, compute_dtype, padded_width, without_autocast
 from tinyalign._attention.dispatch import (
     AttentionBackendError,
     AttentionReport,
@@ -28,6 +28,7 @@ __all__ = [
     "compute_dtype",
     "pack",
     "packs",
+    "padded_width",
     "unpack",
     "use_attention_backend",
     "without_autocast",

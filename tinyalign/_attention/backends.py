@@ -210,6 +210,7 @@ class Xformers:
 
     def _trial_call(self, spec: AttentionSpec) -> None:
         """One call over two rows of 8 tokens and its backward, waited for: training picks a kernel of its own."""
+        _xformers_ops()  # first: that it is missing says more than that there is no device
         q = torch.zeros(2, 1, 8, spec.head_dim, dtype=spec.dtype, device="cuda", requires_grad=True)
         v = torch.zeros(2, 1, 8, spec.value_dim, dtype=spec.dtype, device="cuda", requires_grad=True)
         keep = torch.ones(2, 8, dtype=torch.bool, device="cuda")
@@ -253,6 +254,13 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.is_floating_point() and tensor.dtype != torch.float64 and _autocasts(tensor):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
+
+
+def padded_width(width: int, device: str, dtype: torch.dtype) -> int:
+    """Head width rounded up to what fused 16-bit CUDA kernels take (a multiple of 8, and 16 at least)."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (width % 8 == 0 and width >= 16):
+        return width
+    return max(16, width + -width % 8)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

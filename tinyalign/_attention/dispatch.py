@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tinyalign._attention.backends import AttentionSpec, Backend, Reference, Sdpa, Xformers, compute_dtype
+from tinyalign._attention.backends import AttentionSpec, Backend, Reference, Sdpa, Xformers, compute_dtype, padded_width
 from tinyalign._attention.packing import PackedTokens
 
 ENVIRONMENT_VARIABLE = "TINYALIGN_ATTENTION_BACKEND"
@@ -32,19 +32,23 @@ class AttentionReport(NamedTuple):
     """What would run for one kind of call, why, and why each other backend would not.
 
     Args:
-        backend: the one that would run.
+        backend: the one that would run; None when such a call would raise.
         chosen_by: what named it: an argument, a ``with`` block, the environment, or auto.
         reasons: why each backend could not; empty for those that can.
         ran: the calls made so far in this process, with backend and who chose it.
+        asked: what was asked for, a backend's name or "auto".
     """
 
-    backend: str
+    backend: str | None
     chosen_by: str
     reasons: dict[str, tuple[str, ...]]
     ran: dict[AttentionSpec, tuple[str, str]]
+    asked: str = "auto"
 
     def __str__(self) -> str:
         lines = [f"{self.backend} runs (chosen by {self.chosen_by})"]
+        if self.backend is None:
+            lines = [f"nothing runs, asked for {self.asked!r} (chosen by {self.chosen_by})"]
         for name, reasons in self.reasons.items():
             lines.append(f"  {name}: " + ("available" if not reasons else "; ".join(reasons)))
         lines += [f"  ran {name} ({chosen_by}): {spec}" for spec, (name, chosen_by) in self.ran.items()]
@@ -56,7 +60,7 @@ def _requested() -> tuple[str, str]:
     forced = _forced.get()
     if forced is not None:
         return forced, "use_attention_backend"
-    return os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+    return os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
 
 
 # What torch.compiler.assume_constant_result sets. Calling it would import the compiler, which changes the environment
@@ -156,6 +160,8 @@ def attend(
     _check(q, k, v, keep)
     if q.shape[0] != k.shape[0]:
         q = q.expand(k.shape[0], -1, -1, -1)
+    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[3], "none" if keep is None else "dense")
+    chosen, chosen_by = _choose(spec, backend)
     if q.shape[0] == 0 or k.shape[2] == 0:  # no rows or no keys: some kernels cannot be launched over nothing
         return v.new_zeros(*q.shape[:3], v.shape[3])
     some = None
@@ -164,8 +170,6 @@ def attend(
         # A row without keys would be NaN in some kernels: let it look everywhere, then blank the result.
         some = keep.any(dim=-1, keepdim=True)
         keep = keep | ~some
-    spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[3], "none" if keep is None else "dense")
-    chosen, chosen_by = _choose(spec, backend)
     if not torch.compiler.is_compiling():
         _last_run[spec] = (chosen.name, chosen_by)
     out = chosen.run(q, k, v, keep, q.shape[3] ** -0.5 if scale is None else scale)
@@ -210,10 +214,10 @@ def attend_packed(
             f"{tuple(k.shape)} and {tuple(v.shape)}. Project the packed tokens."
         )
     q = q.expand(packed.keep.shape[0], -1, -1, -1)
-    if q.shape[0] == 0:
-        return v.new_zeros(*q.shape[:3], v.shape[2])
     spec = AttentionSpec(q.device.type, q.dtype, q.shape[3], v.shape[2], "packed")
     chosen, chosen_by = _choose(spec, backend)
+    if q.shape[0] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[2])
     _last_run[spec] = (chosen.name, chosen_by)
     out = chosen.run_packed(q, k, v, packed, q.shape[3] ** -0.5 if scale is None else scale)
     return out.masked_fill(packed.empty[:, None, None, None], 0.0)
@@ -241,7 +245,8 @@ def attention_report(
     Args:
         device: where the tensors are.
         dtype: their dtype.
-        head_dim: width of a head; the Perceiver of the paper has 96 / 8 = 12, padded to 16 on CUDA in 16 bit.
+        head_dim: width of a head; the Perceiver of the paper has 96 / 8 = 12. As its layers do, this counts as 16 on
+            CUDA in 16 bit; `attend` itself takes widths as they are.
         mask: "none"; "dense", a boolean mask; or "packed", ragged rows without their padding.
 
     Example:
@@ -251,10 +256,15 @@ def attention_report(
         >>> report.reasons["xformers"]
         ('it has no kernels for cpu tensors',)
     """
-    spec = AttentionSpec(torch.device(device).type, dtype, head_dim, head_dim, mask)
-    chosen, chosen_by = _choose(spec, "auto")
-    reasons = {name: backend.reasons_against(spec) for name, backend in BACKENDS.items()}
-    return AttentionReport(chosen.name, chosen_by, reasons, dict(_last_run))
+    kind = torch.device(device).type
+    width = padded_width(head_dim, kind, dtype)
+    spec = AttentionSpec(kind, dtype, width, width, mask)
+    absent = ("torch finds no CUDA device",) if kind == "cuda" and not torch.cuda.is_available() else ()
+    reasons = {name: absent + backend.reasons_against(spec) for name, backend in BACKENDS.items()}
+    asked, chosen_by = _requested()
+    able = [name for name, against in reasons.items() if not against and asked in ("auto", name)]
+    runs = able[0] if able else None
+    return AttentionReport(runs, "auto" if asked == "auto" else chosen_by, reasons, dict(_last_run), asked)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
@@ -272,6 +282,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
         raise ValueError(
             "attend: k and v must share batch, heads and tokens, and q and k heads and width, got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}. Check the projections that made them."
+        )
+    if q.shape[3] == 0:
+        raise ValueError(
+            f"attend: q and k must have a width of at least 1, got {tuple(q.shape)}. Check the head width."
         )
     if q.shape[0] not in (1, k.shape[0]):
         raise ValueError(

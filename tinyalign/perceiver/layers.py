@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyalign._attention import AttentionSpec, PackedTokens, attend, attend_packed, compute_dtype, packs
+from tinyalign._attention import AttentionSpec, PackedTokens, attend, attend_packed, compute_dtype, packs, padded_width
 
 
 class PerceiverLayer(nn.Module):
@@ -118,13 +118,6 @@ class PerceiverLayer(nn.Module):
     def _run_width(width: int, source: Tensor) -> int:
         """Head width to compute with: 16-bit CUDA kernels take multiples of eight only, and zero channels are free."""
         return padded_width(width, source.device.type, compute_dtype(source))
-
-
-def padded_width(width: int, device: str, dtype: torch.dtype) -> int:
-    """Head width rounded up to what fused 16-bit CUDA kernels take (a multiple of 8, and 16 at least)."""
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (width % 8 == 0 and width >= 16):
-        return width
-    return max(16, width + -width % 8)
 
 
 def _project(linear: nn.Linear, tokens: Tensor, num_heads: int, head_dim: int) -> Tensor:
