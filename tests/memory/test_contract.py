@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from tinyalign.memory import (
     MemoryBank,
     NeighbourTable,
     UnknownIdError,
+    leakage_report,
     precompute_neighbours,
+    retrieval_report,
     score_report,
 )
 from tinyalign.memory.collection import FORMAT, PROPERTY
@@ -184,8 +187,20 @@ def test_keys_and_queries_as_they_are_compared(filled):
     torch.testing.assert_close(projected, torch.nn.functional.normalize(keys[:5], dim=-1))
     scores = projected @ bank.keys().T
     torch.testing.assert_close(bank.neighbours(keys[:5], 3).scores, scores.topk(3).values, atol=1e-3, rtol=0)
-    report = score_report(bank, keys[:5], k=3)
-    assert report.kth < report.best == pytest.approx(1, abs=1e-3)
+
+
+def test_reports_on_retrieval_and_leakage(filled):
+    bank, keys, _ = filled
+    scores = score_report(bank, keys[:5], k=3)
+    assert scores.kth < scores.best == pytest.approx(1, abs=1e-3)
+    leaks = leakage_report(bank, keys, bank.ids, bank.groups, k=3)
+    assert (leaks.without_exclusion.self_hits, leaks.with_exclusion.self_hits) == (60, 0)
+    found = retrieval_report(bank, keys, bank.groups, "group", 3, exclude_ids=bank.ids, where=bank.ids < 159)
+    allowed = (bank.ids < 159) & (bank.ids != bank.ids[:, None])
+    right = allowed & (bank.groups == bank.groups[:, None])
+    misses = [math.comb(n - m, 3) / math.comb(n, 3) for n, m in zip(allowed.sum(1), right.sum(1), strict=True)]
+    assert found.chance_at_k == pytest.approx(1 - sum(misses) / 60)
+    assert retrieval_report(bank, keys[1::2], bank.ids[1::2], "n", 1).recall_at_k == 1.0
 
 
 def test_the_fingerprint_is_required_by_fields(filled):

@@ -24,7 +24,8 @@ def labelled():
     bank = MemoryBank(5, (1,))
     keys = torch.eye(5).repeat_interleave(2, 0) + 0.01 * torch.randn(10, 5)
     labels = [i // 2 for i in range(10)]
-    bank.add(keys, torch.ones(10, 1), groups=[10 + n for n in labels], metadata=[{"label": n} for n in labels])
+    notes = [{"label": n, "even": i % 2 == 0} for i, n in enumerate(labels)]
+    bank.add(keys, torch.ones(10, 1), groups=[10 + n for n in labels], metadata=notes)
     return bank
 
 
@@ -47,6 +48,61 @@ def test_recall_and_chance(labelled):
     assert retrieval_report(labelled, queries, [9] * 5, "label", k=20).chance_at_k == 0.0
     with pytest.raises(ValueError, match="labels must be one per query, got 2 for 5"):
         retrieval_report(labelled, queries, [1, 2], "label")
+
+
+def drawn(allowed, wanted, k):
+    """Chance of a right entry among k of the allowed ones, by drawing every set of k."""
+    sets = list(itertools.combinations(allowed, min(k, len(allowed))))
+    return sum(bool(wanted & {*some}) for some in sets) / len(sets)
+
+
+def test_chance_is_that_of_what_may_be_retrieved(labelled):
+    queries, ids, k = torch.eye(5).repeat_interleave(2, 0), range(10), 3
+    groups = [{2 * (i // 2), 2 * (i // 2) + 1} for i in ids]
+
+    def chance(hidden, **search):
+        allowed = [[j for j in ids if j not in hide] for hide in hidden]
+        report = retrieval_report(labelled, queries, labelled.groups, "group", k=k, **search)
+        expected = [drawn(some, group, k) for some, group in zip(allowed, groups, strict=True)]
+        assert report.chance_at_k == pytest.approx(sum(expected) / 10)
+        return report.chance_at_k
+
+    free = chance([[]] * 10)
+    assert chance([[i] for i in ids], exclude_ids=ids) < free
+    assert chance([[i, 3, 5] for i in ids], exclude_ids=[[i, 3, 5, 77, -1] for i in ids]) < free
+    assert chance(groups, exclude_groups=labelled.groups) == 0.0
+    some = {0, 1, 2, 5, 9}
+    rest = [[i for i in ids if i not in some]] * 10
+    chance(rest, where=torch.tensor([i in some for i in ids]))
+    odd = [[*range(1, 10, 2), i] for i in ids]
+    chance(odd, where=lambda note: note["even"], exclude_ids=labelled.ids)
+    chance([[*range(10)]] * 10, where=lambda note: False)
+
+
+def test_labels_may_be_tensors_and_arrays(labelled):
+    queries = torch.eye(5)
+    expected = retrieval_report(labelled, queries, [10, 11, 12, 13, 10], "group", k=2)
+    assert expected.chance_at_k > 0
+    labels = torch.tensor([10, 11, 12, 13, 10])
+    for same in (labels, labels.numpy(), [*labels]):
+        assert retrieval_report(labelled, queries, same, "group", k=2) == expected
+    by_table = retrieval_report(labelled, queries, labels, dict(enumerate(labelled.groups)), k=2)
+    assert by_table == expected
+    assert type(by_table.precision_at_k) is float
+
+
+def test_what_has_no_label_is_never_right():
+    bank = MemoryBank(2, (1,))
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    bank.add(keys, torch.ones(3, 1), groups=[-1, -1, 5], metadata=[{"a": 1}, {}, {"a": None}])
+    assert retrieval_report(bank, keys[1:2], [None], "a", k=2)[2:] == (0.0, 0.0, pytest.approx(2 / 3))
+    assert retrieval_report(bank, keys[:1], [4], {1: 4}, k=2)[2:] == (1.0, 0.5, pytest.approx(2 / 3))
+    assert retrieval_report(bank, keys[2:], [5], "group", k=1).recall_at_k == 1.0
+    with pytest.raises(ValueError, match=r"labels must name groups, got -1 \(no group\) for query 1. Leave such"):
+        retrieval_report(bank, keys[:2], [5, -1], "group")
+    for nothing, shown in (("b", "'b'"), ({"0": 4}, "{'0': 4}")):
+        with pytest.raises(ValueError, match=f"label_of must give entries .* a label, got {shown} for none of 3"):
+            retrieval_report(bank, keys, [1, 1, 1], nothing)
 
 
 def test_hubs():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tinyalign.memory.bank import MemoryBank
+from tinyalign.memory.exclusion import padded_ids
 from tinyalign.memory.inputs import float_rows, normalised
+from tinyalign.memory.milvus import AnyBank
 from tinyalign.memory.transform import KeyTransform
 
 
@@ -21,7 +24,7 @@ class RetrievalReport(NamedTuple):
         k: neighbours of each.
         recall_at_k: share of queries with at least one of k neighbours of their label.
         precision_at_k: share of neighbours of the query's label.
-        chance_at_k: recall of k entries drawn at random, the level to beat.
+        chance_at_k: recall of k entries drawn at random from those the query may retrieve, the level to beat.
     """
 
     num_queries: int
@@ -79,14 +82,16 @@ class AnisotropyReport(NamedTuple):
 
 
 def retrieval_report(
-    bank: MemoryBank,
+    bank: AnyBank,
     queries: Tensor,
-    labels: Sequence[Any],
+    labels: Sequence[Any] | Tensor,
     label_of: Mapping[int, Any] | str,
     k: int = 5,
     **search: Any,
 ) -> RetrievalReport:
     """Compare the labels of k neighbours with those of the queries: same answer, same group, same caption, ...
+
+    Entries without a label (no group, no such field, not in the mapping) are never what a query should find.
 
     Args:
         bank: what is searched.
@@ -94,13 +99,15 @@ def retrieval_report(
         labels: what each query should find.
         label_of: id -> label of the bank's entries, ``"group"`` for their groups, or the name of a metadata field.
         k: neighbours per query.
-        search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``.
+        search: passed on to ``MemoryBank.neighbours``, such as ``exclude_ids``. Chance is that of drawing from what
+            ``exclude_ids``, ``exclude_groups`` and ``where`` leave; ``max_score`` and an expression of Milvus, which
+            only the search can tell, are not counted in it.
 
     Shape:
         queries: (B, D).
 
     Raises:
-        ValueError: there are no queries, or not as many labels.
+        ValueError: there are no queries, or not as many labels, one of them is "no group", or no entry has a label.
 
     Example:
         >>> bank = MemoryBank(2, (1,))
@@ -114,28 +121,69 @@ def retrieval_report(
             f"{where}: labels must be one per query, got {len(labels)} for {queries.shape[0]} queries. "
             "Give each its own."
         )
-    found = bank.neighbours(queries, k, **search)
-    ids = bank.ids.tolist()
-    if isinstance(label_of, str):
-        known = (
-            dict(zip(ids, bank.groups.tolist(), strict=True))
-            if label_of == "group"
-            else {i: note.get(label_of) for i, note in zip(ids, bank.metadata(ids), strict=True)}
+    wanted = _plain(labels)
+    if label_of == "group" and -1 in wanted:
+        raise ValueError(
+            f"{where}: labels must name groups, got -1 (no group) for query {wanted.index(-1)}. Leave such queries out."
         )
-    else:
-        known = {i: label_of[i] for i in ids}
-    counts: dict[Any, int] = {}
-    for label in known.values():
-        counts[label] = counts.get(label, 0) + 1
-    recalled = right = given = chance = 0.0
-    for label, hits, mask in zip(labels, found.ids.tolist(), found.mask.tolist(), strict=True):
-        same = [known[hit] == label for hit, kept in zip(hits, mask, strict=True) if kept]
+    ids = bank.ids.tolist()
+    known = _labels(bank, ids, label_of)
+    if ids and not known:
+        raise ValueError(
+            f"{where}: label_of must give entries of the bank a label, got {label_of!r:.60} for none of {len(ids)}. "
+            "Name a metadata field that they have, 'group', or map their ids."
+        )
+    found = bank.neighbours(queries, k, **search)
+    recalled = right = given = 0
+    for label, hits, mask in zip(wanted, found.ids.tolist(), found.mask.tolist(), strict=True):
+        same = [hit in known and known[hit] == label for hit, kept in zip(hits, mask, strict=True) if kept]
         recalled += any(same)
         right += sum(same)
         given += len(same)
-        chance += 1 - _none_of(len(ids), counts.get(label, 0), k)
-    n = len(labels)
-    return RetrievalReport(n, k, recalled / n, right / max(given, 1), chance / n)
+    chance = sum(_none_of(*counts, k) for counts in _allowed(bank, ids, wanted, known, search))
+    n = len(wanted)
+    return RetrievalReport(n, k, recalled / n, right / max(given, 1), 1 - chance / n)
+
+
+def _plain(labels: Any) -> list[Any]:
+    values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else list(labels)
+    return [value.tolist() if isinstance(value, Tensor) else value for value in values]
+
+
+def _labels(bank: AnyBank, ids: list[int], label_of: Mapping[int, Any] | str) -> dict[int, Any]:
+    """Return the labels of those entries that have one."""
+    if not isinstance(label_of, str):
+        kept = [i for i in ids if i in label_of]
+        return dict(zip(kept, _plain([label_of[i] for i in kept]), strict=True))
+    if label_of == "group":
+        return {i: group for i, group in zip(ids, bank.groups.tolist(), strict=True) if group != -1}
+    notes = zip(ids, bank.metadata(ids), strict=True)
+    return {i: note[label_of] for i, note in notes if label_of in note}
+
+
+def _allowed(
+    bank: AnyBank, ids: list[int], wanted: list[Any], known: dict[int, Any], search: Mapping[str, Any]
+) -> Iterator[tuple[int, int]]:
+    """Yield how many entries each query may retrieve, and how many of them bear its label."""
+    keep = search.get("where")
+    if callable(keep):
+        ids = [i for i, note in zip(ids, bank.metadata(ids), strict=True) if keep(note)]
+    elif keep is not None and not isinstance(keep, str):
+        ids = [i for i, kept in zip(ids, _plain(keep), strict=True) if kept]
+    allowed, counts = set(ids), Counter(known[i] for i in ids if i in known)
+    of_group: dict[int, list[int]] = {}
+    for i, group in zip(bank.ids.tolist(), bank.groups.tolist(), strict=True):
+        of_group.setdefault(group, []).append(i)
+    own, twins = (_rows(search.get(name), len(wanted), name) for name in ("exclude_ids", "exclude_groups"))
+    for label, hidden, groups in zip(wanted, own, twins, strict=True):
+        gone = {*hidden, *(i for group in groups for i in of_group.get(group, ()))} & allowed
+        same = sum(i in known and known[i] == label for i in gone)
+        yield len(allowed) - len(gone), counts[label] - same
+
+
+def _rows(exclude: Any, count: int, name: str) -> list[list[int]]:
+    table = padded_ids(exclude, count, "retrieval_report", name)
+    return [[]] * count if table is None else [[each for each in row if each != -1] for row in table.tolist()]
 
 
 def _none_of(total: int, labelled: int, k: int) -> float:
@@ -146,7 +194,7 @@ def _none_of(total: int, labelled: int, k: int) -> float:
     return chance
 
 
-def hub_report(bank: MemoryBank, queries: Tensor, k: int = 5, **search: Any) -> HubReport:
+def hub_report(bank: AnyBank, queries: Tensor, k: int = 5, **search: Any) -> HubReport:
     """Count how often each entry is retrieved and describe the counts.
 
     Args:
@@ -188,7 +236,7 @@ def hub_report(bank: MemoryBank, queries: Tensor, k: int = 5, **search: Any) -> 
     )
 
 
-def score_report(bank: MemoryBank, queries: Tensor, k: int = 5, *, seed: int = 0, **search: Any) -> ScoreReport:
+def score_report(bank: AnyBank, queries: Tensor, k: int = 5, *, seed: int = 0, **search: Any) -> ScoreReport:
     """Compare the scores of neighbours with those of 1,000 random entries, averaged over queries.
 
     Args:

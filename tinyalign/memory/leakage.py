@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyalign.memory.bank import MemoryBank
+from tinyalign.memory.milvus import AnyBank
 from tinyalign.memory.retrieval import Neighbours
 
 
@@ -60,7 +60,7 @@ class LeakageReport(NamedTuple):
 
 
 def leakage_report(
-    bank: MemoryBank,
+    bank: AnyBank,
     queries: Tensor,
     ids: Tensor | Sequence[int],
     groups: Tensor | Sequence[int] | None = None,
@@ -117,7 +117,7 @@ def _column(values: Tensor | Sequence[int], count: int, where: str, name: str) -
     return column
 
 
-def _group_lookup(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+def _group_lookup(bank: AnyBank) -> tuple[Tensor, Tensor]:
     ids, order = bank.ids.sort()
     return ids, bank.groups[order]
 
