@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_clusters", "as_labels", "as_matrix", "as_numpy", "as_vector", "check_level"]
+__all__ = ["as_clusters", "as_labels", "as_matrix", "as_numpy", "as_vector", "check_level", "column_generator"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -94,3 +94,10 @@ def check_level(level: float, where: str) -> None:
     """Refuse a coverage outside (0, 1)."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"{where}: level must lie between 0 and 1, got {level}. Use 0.95 for a 95 % interval.")
+
+
+def column_generator(column: FloatArray) -> np.random.Generator:
+    """Return a generator seeded by the content of a column: what it draws for two columns is unrelated."""
+    import xxhash
+
+    return np.random.default_rng(xxhash.xxh3_64_intdigest(np.ascontiguousarray(column).tobytes()))

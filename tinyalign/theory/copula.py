@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import digamma, gammaln, ndtr, ndtri, stdtrit
 
+from tinyalign.theory._input import column_generator
+
 __all__ = ["EllipticalCopula", "canonical_variates", "fit_gaussian", "fit_student", "normal_scores", "rank_columns"]
 
 FloatArray = NDArray[np.float64]
@@ -98,12 +100,11 @@ def rank_columns(x: FloatArray) -> IntArray:
     """
     ranks = np.empty(x.shape, dtype=np.int64)
     numbers = np.arange(len(x))
-    rng = np.random.default_rng(0)
     for column in range(x.shape[1]):
         values = x[:, column]
         order = np.argsort(values, kind="stable")
         if bool((np.diff(values[order]) == 0).any()):
-            mixed = rng.permutation(len(x))
+            mixed = column_generator(values).permutation(len(x))
             order = mixed[np.argsort(values[mixed], kind="stable")]
         ranks[order, column] = numbers
     return ranks

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tinyalign.theory._input import as_labels, as_numpy, check_level
+from tinyalign.theory._input import as_labels, as_matrix, as_numpy, check_level
 from tinyalign.theory.classifier import classifier_information
 from tinyalign.theory.continuous import continuous_information
 from tinyalign.theory.discrete import conditional_discrete_information, discrete_information
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.nearest import conditional_ksg, ksg, mixed_ksg, paired, ross
+from tinyalign.theory.rounding import copied, spread_rounding
 
 __all__ = ["conditional_mutual_information", "mutual_information"]
 
+FloatArray = NDArray[np.float64]
 _CONTINUOUS = ("ksg", "ksg1", "ksg2", "copula", "student", "surrogate")
 _DISCRETE = ("plugin", "miller_madow", "grassberger", "chao_shen", "null_adjusted")
 _LABELLED = ("ross", "classifier")
 METHODS = ("auto", *_CONTINUOUS, *_DISCRETE, *_LABELLED, "mixed")
-_TIED = 0.1  # share of repeated values from which a float column counts as a mixture
+_RARE = 10  # samples of a label below which no classifier is cross-fitted
+_FAITHFUL = 4  # columns up to which the mixture estimator is taken as it is
+_WHOLE = 16  # columns up to which it is computed
 _ROSS_DIMENSIONS = 3
 _CLEARLY = 1.5  # standard errors
 
@@ -30,9 +35,11 @@ def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, leve
 
     Integers, strings and booleans are labels, floats are continuous. ``"auto"`` takes for two continuous samples an
     elliptical copula where nearest neighbours agree with it and corrected nearest neighbours elsewhere; for labels
-    counts with Miller and Madow's correction; for a label and a continuous sample a cross-fitted classifier, or Ross's
-    neighbours where they find clearly more; for floats that repeat Gao's mixture estimator. What was not chosen stands
-    in ``.candidates``, and a warning says where the literature or the data say that the method fails.
+    counts with Miller and Madow's correction; for a label and a continuous sample a cross-fitted classifier, or
+    neighbours where they find clearly more. Floats that repeat as rounding does (half precision, decimals, pixels) are
+    spread over their rounding gaps; where they repeat as atoms do (a rectifier's zeros) Gao's mixture estimator is
+    used, beyond four columns only where ranks do not find more. What was not chosen stands in ``.candidates``, and a
+    warning says where the literature or the data say that the method fails.
 
     Args:
         x: samples.
@@ -67,21 +74,22 @@ def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, leve
         raise ValueError(
             f"mutual_information: method must be one of {', '.join(METHODS)}, got {method!r}. Use one of them."
         )
-    kinds = _kind(x), _kind(y)
-    if method in _DISCRETE or (method == "auto" and kinds == ("label", "label")):
+    if method in _DISCRETE:
         return discrete_information(x, y, method=method, level=level)
-    if method == "mixed" or (method == "auto" and "tied" in kinds):
-        return _with_ties(x, y, kinds, k, level)
-    if method in _LABELLED or (method == "auto" and "label" in kinds):
-        return _labelled(x, y, kinds, method, k, level)
-    if method in ("ksg", "ksg1", "ksg2"):
-        return ksg(x, y, k=k, variant=2 if method == "ksg2" else 1, level=level)
-    left, right = paired(x, y, 3, "mutual_information")
-    if len(left) < 50:
-        small = ksg(left, right, k=min(k, len(left) - 1), level=level)
-        line = f"small: {len(left)} samples are too few to test or correct an estimate"
-        return replace(small, warnings=(*small.warnings, line))
-    return continuous_information(left, right, level=level, method=method)
+    if method == "mixed":
+        return mixed_ksg(*(_codes(side) for side in (x, y)), k=k, level=level)
+    left, right = _sides(x, y)
+    kinds = left.kind, right.kind
+    if kinds == ("label", "label") and method == "auto":
+        found = discrete_information(x, y, level=level)
+    elif method in _LABELLED or (method == "auto" and "label" in kinds):
+        points, labels = (right, x) if kinds[0] == "label" and kinds[1] != "label" else (left, y)
+        found = _labelled(points, labels, method, k, level)
+    elif method == "auto" and "tied" in kinds:
+        found = _mixture(left.values, right.values, k, level)
+    else:
+        found = _continuous(left.values, right.values, method, k, level)
+    return _said(found, left, right)
 
 
 def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
@@ -112,60 +120,115 @@ def conditional_mutual_information(x: Any, y: Any, z: Any, *, k: int = 4, level:
         0.0
     """
     check_level(level, "conditional_mutual_information")
-    if {_kind(x), _kind(y), _kind(z)} != {"label"}:
-        return conditional_ksg(x, y, z, k=k, level=level)
+    sides = [_read(part, name) for part, name in ((x, "x"), (y, "y"), (z, "z"))]
+    if {side.kind for side in sides} != {"label"}:
+        return _said(conditional_ksg(*(side.values for side in sides), k=k, level=level), *sides)
     where = "conditional_mutual_information"
     codes = [as_labels(part, where, name) for part, name in ((x, "x"), (y, "y"), (z, "z"))]
     if len({len(part) for part in codes}) != 1:
         lengths = ", ".join(str(len(part)) for part in codes)
         raise ValueError(f"{where}: x, y and z must have equal lengths, got {lengths}. Pair them row by row.")
-    return conditional_discrete_information(*codes, level=level)
+    return _said(conditional_discrete_information(*codes, level=level), *sides)
 
 
-def _kind(values: Any) -> str:
-    """Return "label", "continuous" or "tied" (floats of which many repeat)."""
+class _Side(NamedTuple):
+    """What was given, as ``"label"``, ``"continuous"``, ``"rounded"`` (and spread) or ``"tied"`` (with atoms)."""
+
+    values: Any
+    kind: str
+    warnings: tuple[str, ...] = ()
+
+
+def _read(values: Any, name: str) -> _Side:
     array = as_numpy(values)
-    if not array.size:
-        return "continuous"  # and refused where it is read
-    if array.dtype.kind != "f":
-        return "label"
-    flat = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
-    # One float column with many repeats is enough: a mixture estimator reads the ordinary columns as well.
-    for column in flat.T[:8]:
-        distinct = len(np.unique(column[:2000]))
-        if 1 < distinct < (1 - _TIED) * min(len(column), 2000):
-            return "tied"
-    return "continuous"
+    if array.size and array.dtype.kind != "f":
+        return _Side(values, "label")
+    if not array.size or array.ndim not in (1, 2) or not np.isfinite(array).all():
+        return _Side(values, "continuous")  # and refused where it is read
+    matrix = as_matrix(array, "mutual_information", name)
+    values, rounded, atoms = spread_rounding(matrix)
+    columns = matrix.shape[1]
+    if atoms == columns and not rounded and np.unique(matrix, axis=0, return_counts=True)[1].min() >= _RARE:
+        return _Side(matrix, "label", (f"ties: all values of {name} repeat often, so they were read as labels",))
+    lines: tuple[str, ...] = ()
+    if rounded:
+        lines += (
+            f"rounded: {rounded} of {columns} columns of {name} repeat values as rounding does; they were spread over "
+            "their rounding gaps, which keeps what the rounded values say",
+        )
+    if atoms:
+        lines += (
+            f"ties: {atoms} of {columns} columns of {name} hold values that many samples share, so they were read as a "
+            "mixture of discrete and continuous parts",
+        )
+    return _Side(values, "tied" if atoms else "rounded" if rounded else "continuous", lines)
 
 
-def _with_ties(x: Any, y: Any, kinds: tuple[str, str], k: int, level: float) -> Estimate:
-    left, right = (
-        as_labels(part, "mutual_information", name) if kind == "label" else part
-        for part, kind, name in ((x, kinds[0], "x"), (y, kinds[1], "y"))
-    )
-    result = mixed_ksg(left, right, k=k, level=level)
-    line = "ties: values repeat, so the data were read as a mixture of discrete and continuous parts"
-    return replace(result, warnings=(*result.warnings, line) if "tied" in kinds else result.warnings)
+def _sides(x: Any, y: Any) -> tuple[_Side, _Side]:
+    left, right = _read(x, "x"), _read(y, "y")
+    if all(any(line.startswith("rounded") for line in side.warnings) for side in (left, right)):
+        x, y = as_matrix(x, "mutual_information", "x"), as_matrix(y, "mutual_information", "y")
+        share = copied(x, y) if len(x) == len(y) else 0.0
+        if share:
+            line = (
+                f"ties: {share:.0%} of the records repeat another; drop copies, or the estimate and interval are wrong"
+            )
+            return _Side(x, "tied", (line,)), _Side(y, "tied")
+    return left, right
 
 
-def _labelled(x: Any, y: Any, kinds: tuple[str, str], method: str, k: int, level: float) -> Estimate:
-    if kinds[0] == "label" and kinds[1] != "label":
-        x, y = y, x
-    points = as_numpy(x)
-    width = 1 if points.ndim < 2 else points.shape[1]
-    if method == "ross":
-        return ross(x, y, k=k, level=level)
+def _said(found: Estimate, *sides: _Side) -> Estimate:
+    lines = tuple(line for side in sides for line in side.warnings)
+    return replace(found, warnings=found.warnings + lines) if lines else found
+
+
+def _codes(values: Any) -> Any:
+    return values if as_numpy(values).dtype.kind == "f" else as_labels(values, "mutual_information", "labels")
+
+
+def _continuous(x: Any, y: Any, method: str, k: int, level: float) -> Estimate:
+    if method in ("ksg", "ksg1", "ksg2"):
+        return ksg(x, y, k=k, variant=2 if method == "ksg2" else 1, level=level)
+    left, right = paired(x, y, 3, "mutual_information")
+    if len(left) < 50:
+        small = ksg(left, right, k=min(k, len(left) - 1), level=level)
+        line = f"small: {len(left)} samples are too few to test or correct an estimate"
+        return replace(small, warnings=(*small.warnings, line))
+    return continuous_information(left, right, level=level, method=method)
+
+
+def _mixture(x: FloatArray, y: FloatArray, k: int, level: float) -> Estimate:
+    """Gao's estimator beside that of ranks whose ties are broken at random, which keeps the information as well."""
+    width = x.shape[1] + y.shape[1]
+    ranked = _continuous(x, y, "auto", k, level)
+    candidates = {**ranked.candidates, ranked.method: ranked.value}
+    if width > _WHOLE:  # where neighbours find next to nothing
+        return replace(ranked, candidates=candidates)
+    near = mixed_ksg(x, y, k=k, level=level)
+    # In few columns neighbours see the mixture; in more they lose most of it.
+    better = width > _FAITHFUL and ranked.value > near.value + _CLEARLY * near.std_error
+    return replace(ranked if better else near, candidates={**candidates, near.method: near.value})
+
+
+def _labelled(side: _Side, labels: Any, method: str, k: int, level: float) -> Estimate:
+    x, codes = as_numpy(side.values), as_labels(labels, "mutual_information", "y")
     if method == "classifier":
-        return classifier_information(x, y, level=level)
-    near = ross(x, y, k=k, level=level)
-    candidates = {"ross": near.value}
-    counts = np.bincount(as_labels(y, "mutual_information", "y"))
-    if len(counts) < 2 or counts.min() < 10:
-        line = "rare_labels: a label has fewer than 10 samples, so no classifier was cross-fitted"
+        return classifier_information(x, labels, level=level)
+    width = 1 if x.ndim < 2 else x.shape[1]
+    if method == "auto" and side.kind == "tied" and width <= _WHOLE:
+        near = mixed_ksg(x, codes, k=k, level=level)
+    else:
+        near = ross(x, labels, k=k, level=level)
+    if method == "ross":
+        return near
+    candidates = {near.method: near.value}
+    counts = np.bincount(codes)
+    if len(counts) < 2 or counts.min() < _RARE:
+        line = f"rare_labels: a label has fewer than {_RARE} samples, so no classifier was cross-fitted"
         return replace(
             near, candidates=candidates, warnings=(*near.warnings, line) if width > _ROSS_DIMENSIONS else near.warnings
         )
-    bound = classifier_information(x, y, level=level)
+    bound = classifier_information(x, codes, level=level)
     candidates.update(bound.candidates)
     # Both err toward zero; the classifier has less noise, so neighbours must exceed it clearly to be preferred.
     if near.value > bound.value + _CLEARLY * bound.std_error:
