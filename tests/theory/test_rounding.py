@@ -90,11 +90,11 @@ def test_few_values_that_all_repeat_are_labels() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 2000)
     x = rng.normal(size=(2000, 2)) + labels[:, None]
-    for given in (labels.astype(float), np.eye(3)[labels]):
-        found = mutual_information(x, given)
+    for coded in (labels.astype(float), np.eye(3)[labels]):
+        found = mutual_information(x, coded)
         assert found.value == pytest.approx(mutual_information(x, labels).value, abs=0.01)  # folds differ by order
         assert found.warned("ties")
-        assert mutual_information(given, labels).value == pytest.approx(mutual_information(labels, labels).value)
+        assert mutual_information(coded, labels).value == pytest.approx(mutual_information(labels, labels).value)
 
 
 def test_copies_of_records_are_no_rounding() -> None:
