@@ -309,8 +309,8 @@ def test_another_encoder_does_not_go_on_with_a_killed_build(tmp_path, expected, 
         build(encode=Encoder(dies_at=33))
     with pytest.raises(BankError, match=message):
         build(encode=second)
-    nearly = build(encode=changed(keys=lambda r: encode(r).keys + 0.01))  # as another processor may make them
-    assert torch.allclose(nearly.keys(), expected.keys(), atol=0.01)
+    nearly = build(encode=changed(values=lambda r: 1.02 * encode(r).values))  # half precision elsewhere, say
+    assert torch.allclose(nearly.gather(nearly.ids)[0], expected.gather(expected.ids)[0], rtol=0.03)
     same(build(encode=encode, resume=False), expected)
 
 
