@@ -374,6 +374,8 @@ def test_ranks_build_the_bank_of_one_process(tmp_path, expected, same):
         ([], {}, "records must hold at least one record, got none"),
         ([1], {"batch_size": 0}, "batch_size and commit_every must be positive, got 0"),
         ([1], {"options": BuildOptions(commit_every=0)}, "got 32, 0"),
+        ([1], {"options": BuildOptions(metric="l2")}, "^MemoryBank: metric must be 'cosine' or 'ip', got 'l2'"),
+        ([1], {"options": BuildOptions(value_dtype="int8")}, "^MemoryBank: value_dtype must be one of .*, got int8"),
         ([1], {"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
         ([1, 1], {}, r"record 1 must be .* ids must be new, got 11 which the bank holds"),
     ],

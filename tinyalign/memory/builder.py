@@ -13,7 +13,7 @@ from tinyalign._files import write_json
 from tinyalign.memory import saving
 from tinyalign.memory.bank import MemoryBank
 from tinyalign.memory.codec import ValueCodec
-from tinyalign.memory.contents import Contents
+from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.encoding import BuildOptions, EncodedBatch, SkippedRecord, encode_all
 from tinyalign.memory.fingerprint import checked_fingerprint
 from tinyalign.memory.store import current, prepare
@@ -79,6 +79,7 @@ def build_memory_bank(
         )
     if on_error not in ("raise", "skip"):
         raise ValueError(f"{WHERE}: on_error must be 'raise' or 'skip', got {on_error!r}. Choose one of them.")
+    BankSpec(1, (1,), options.metric, options.key_dtype, options.value_dtype)  # refuses what no bank is stored as
     target = Path(path).absolute()
     if target.exists():
         prepare(target, WHERE)  # before anything is encoded
