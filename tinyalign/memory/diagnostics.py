@@ -110,6 +110,7 @@ def retrieval_report(
         ValueError: there are no queries, or not as many labels, one of them is "no group", or no entry has a label.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> bank = MemoryBank(2, (1,))
         >>> ids = bank.add(torch.eye(2), torch.ones(2, 1), metadata=[{"digit": 3}, {"digit": 7}])
         >>> retrieval_report(bank, torch.eye(2), [3, 3], "digit", k=1).recall_at_k
@@ -210,6 +211,7 @@ def hub_report(bank: AnyBank, queries: Tensor, k: int = 5, **search: Any) -> Hub
         ValueError: there are no queries.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> bank = MemoryBank(2, (1,))
         >>> ids = bank.add(torch.eye(2), torch.ones(2, 1), ids=[7, 8])
         >>> report = hub_report(bank, torch.tensor([[1.0, 0.1], [1.0, 0.0]]), k=1)
@@ -253,6 +255,7 @@ def score_report(bank: AnyBank, queries: Tensor, k: int = 5, *, seed: int = 0, *
         ValueError: ``k`` or the number of queries is 0.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> bank = MemoryBank(2, (1,))
         >>> ids = bank.add(torch.eye(2), torch.ones(2, 1))
         >>> report = score_report(bank, torch.eye(2), k=2)

@@ -86,6 +86,7 @@ def leakage_report(
         ValueError: there are no queries, or not as many ids or groups as queries.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> bank = MemoryBank(4, (1, 2))
         >>> ids = bank.add(torch.eye(4), torch.ones(4, 1, 2))
         >>> report = leakage_report(bank, torch.eye(4), ids, k=1)

@@ -42,6 +42,7 @@ class NeighbourTable:
         sample_ids: (N,), int64. ids: (N, K), int64. scores: (N, K), float32.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> import tempfile
         >>> bank = MemoryBank(4, (1, 2))
         >>> ids = bank.add(torch.eye(4), torch.ones(4, 1, 2))
@@ -176,6 +177,7 @@ def precompute_neighbours(
         FingerprintMismatch: the queries were made by something else.
 
     Example:
+        >>> from tinyalign.memory import MemoryBank
         >>> import tempfile
         >>> bank = MemoryBank(4, (1, 2))
         >>> ids = bank.add(torch.eye(4), torch.ones(4, 1, 2))
