@@ -17,6 +17,7 @@ of *held-out* pairs can be read back, and saves the compressor to OUTPUT/compres
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -84,13 +85,21 @@ class LiveFeatures:
         return self.tower(pixels.to(self.device)).float().cpu()
 
 
+def made_from(live: LiveFeatures) -> dict[str, str | int]:
+    """Everything that decides the features: samples, image files by path and size, image processor, vision tower."""
+    files = [(sample.id, str(sample.images[0]), Path(sample.images[0]).stat().st_size) for sample in live.samples]
+    inputs = json.dumps([files, live.processor.to_dict()], sort_keys=True, default=str)
+    return {"inputs": hashlib.sha256(inputs.encode()).hexdigest(), **live.tower.fingerprint()}
+
+
 class StoredFeatures:
     """Features of every sample in one memory-mapped file in half precision, computed on the first run."""
 
     def __init__(self, live: LiveFeatures, path: Path) -> None:
-        made_by = {"samples": [sample.id for sample in live.samples], **live.tower.fingerprint()}
+        made_by = made_from(live)
         description = path.with_suffix(".json")
-        if not description.exists():
+        if not (path.exists() and description.exists()):
+            description.unlink(missing_ok=True)
             shape = (len(live.samples), *live(list(range(1))).shape[1:])
             table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
             for start in range(0, len(table), BATCH_SIZE):
@@ -99,7 +108,10 @@ class StoredFeatures:
             table.flush()
             description.write_text(json.dumps(made_by))  # last: its presence says that the table is whole
         if json.loads(description.read_text()) != made_by:
-            raise SystemExit(f"{path} was made from other samples or another vision tower. Delete it or name another.")
+            raise SystemExit(
+                f"{path} was made from other samples or images, or by another image processor or vision tower. Delete "
+                f"it and {description}, or name another file."
+            )
         self.table, self.dim = np.load(path, mmap_mode="r"), live.dim
 
     def __call__(self, rows: list[int]) -> Tensor:

@@ -108,9 +108,45 @@ def test_stored_features_are_the_live_ones_in_half_precision(example, inputs, sa
     live.tower.register_forward_pre_hook(lambda *_: calls.append(1))
     assert torch.equal(example.StoredFeatures(live, path)([1]), stored([1]))
     assert calls == []
-    other = example.LiveFeatures(samples[1:], inputs.vision)
-    with pytest.raises(SystemExit, match="made from other samples or another vision tower"):
-        example.StoredFeatures(other, path)
+    # Without its table the description counts for nothing, and neither does the table without its description.
+    whole = stored([1])
+    for lost in (path, path.with_suffix(".json")):
+        lost.unlink()
+        assert torch.equal(example.StoredFeatures(live, path)([1]), whole)
+
+
+def other_samples(live):
+    live.samples = live.samples[1:]
+
+
+def another_image(live):
+    first = live.samples[0]
+    live.samples = [first._replace(images=(shutil.copy(first.images[0], f"{first.images[0]}.png"),)), *live.samples[1:]]
+
+
+def a_rewritten_image(live):
+    with open(live.samples[0].images[0], "ab") as image:
+        image.write(b"0")
+
+
+def another_scale_of_pixels(live):
+    live.processor.rescale_factor /= 2
+
+
+def another_tower(live):
+    next(live.tower.parameters()).data.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [other_samples, another_image, a_rewritten_image, another_scale_of_pixels, another_tower]
+)
+def test_stored_features_of_something_else_are_refused(example, inputs, samples, tmp_path, change):
+    copied = [sample._replace(images=(shutil.copy(sample.images[0], tmp_path),)) for sample in samples]
+    live, path = example.LiveFeatures(copied, inputs.vision), tmp_path / "features.npy"
+    example.StoredFeatures(live, path)
+    change(live)
+    with pytest.raises(SystemExit, match=r"features.npy was made from other .* Delete it and .*features.json, or name"):
+        example.StoredFeatures(live, path)
 
 
 def test_a_run_stopped_half_way_ends_where_a_whole_one_does(example, inputs, tmp_path, capsys):
