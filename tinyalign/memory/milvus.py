@@ -90,7 +90,7 @@ class MilvusMemoryBank:
                 "Leave them out, or choose another collection."
             )
         if fingerprint is not None:
-            self.require_fingerprint(fingerprint)
+            require_match(self.fingerprint, fingerprint, CALLER)
         self._checks = Contents(self._spec)  # holds no entries; prepares keys and queries as a bank does
 
     key_dim = property(lambda self: self._spec.key_dim, doc="Width of keys and queries.")
