@@ -166,16 +166,16 @@ def _allowed(
     bank: AnyBank, ids: list[int], wanted: list[Any], known: dict[int, Any], search: Mapping[str, Any]
 ) -> Iterator[tuple[int, int]]:
     """Yield how many entries each query may retrieve, and how many of them bear its label."""
+    own, twins = (_rows(search.get(name), len(wanted), name) for name in ("exclude_ids", "exclude_groups"))
+    of_group: dict[int, list[int]] = {}
+    for i, group in zip(ids, bank.groups.tolist(), strict=True) if any(twins) else ():
+        of_group.setdefault(group, []).append(i)
     keep = search.get("where")
     if callable(keep):
         ids = [i for i, note in zip(ids, bank.metadata(ids), strict=True) if keep(note)]
     elif keep is not None and not isinstance(keep, str):
         ids = [i for i, kept in zip(ids, _plain(keep), strict=True) if kept]
     allowed, counts = set(ids), Counter(known[i] for i in ids if i in known)
-    of_group: dict[int, list[int]] = {}
-    for i, group in zip(bank.ids.tolist(), bank.groups.tolist(), strict=True):
-        of_group.setdefault(group, []).append(i)
-    own, twins = (_rows(search.get(name), len(wanted), name) for name in ("exclude_ids", "exclude_groups"))
     for label, hidden, groups in zip(wanted, own, twins, strict=True):
         gone = {*hidden, *(i for group in groups for i in of_group.get(group, ()))} & allowed
         same = sum(i in known and known[i] == label for i in gone)
