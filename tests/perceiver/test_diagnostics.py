@@ -185,8 +185,49 @@ def test_the_real_compressor_gets_its_words_through_balanced_fusion():
     assert balanced.storage["int8 uncentred"].word_recovery > joint.storage["int8 uncentred"].word_recovery + 0.2
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+def test_a_value_that_never_changes_is_measured_as_such(constant):
+    got = compressor_diagnostics(lambda image, *_: torch.full((len(image), 2, 3), constant), iter(make_records()))
+    assert (got.image_sensitivity, got.caption_sensitivity) == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert (got.shared_energy, got.effective_rank) == (pytest.approx(1.0), 0.0)
+    assert (got.word_recovery, got.storage["int8"].word_recovery) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"words": "red dog"}, TypeError, "words must be a sequence of words, got 'red dog' at record 5"),
+        ({"image": torch.zeros(0, 4)}, ValueError, r"patches must hold at least one, got shape \(0, 4\) at record 5"),
+        ({"patches": torch.zeros(0, 4)}, ValueError, r"patches must hold at least one, got shape \(0, 4\) at record 5"),
+        ({"image": np.zeros((9, 4))}, TypeError, "image must be a tensor with rows, got ndarray at record 5"),
+        ({"text": [1, 2]}, TypeError, "text must be a tensor with rows, got list at record 5"),
+        ({"patches": np.zeros((9, 4))}, TypeError, "patches must be a tensor with rows, got ndarray at record 5"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named(change, error, message):
+    records = make_records(30)
+    records[5] = records[5]._replace(**change)
+    with pytest.raises(error, match=f"compressor_diagnostics: {message}"):
+        compressor_diagnostics(lambda image, *_: image[:, :9], records)
+
+
+@pytest.mark.parametrize("form", [tuple, lambda record: record._asdict(), lambda record: record.image])
+def test_records_are_compressor_records(form):
+    with pytest.raises(TypeError, match=r"records must be CompressorRecord, got (tuple|dict|Tensor) at 0"):
+        compressor_diagnostics(lambda image, *_: image, [form(record) for record in make_records(30)])
+
+
+@pytest.mark.parametrize(("setting", "least"), [("batch_size", 1), ("num_probes", 2), ("min_count", 1)])
+def test_counts_are_counts(setting, least):
+    with pytest.raises(ValueError, match=f"{setting} must be an integer of at least {least}, got {least - 1}"):
+        compressor_diagnostics(lambda image, *_: image, make_records(30), **{setting: least - 1})
+
+
 def test_what_cannot_be_measured_is_refused():
     records = make_records(30)
+    silent = [record._replace(words=()) for record in records]
+    with pytest.raises(ValueError, match=r"at least min_count=4 times .* got none of 0 that does"):
+        compressor_diagnostics(lambda image, *_: image, silent)
     with pytest.raises(ValueError, match="records must be at least 40 for min_count=10, got 30"):
         compressor_diagnostics(lambda *a: None, records, min_count=10)
     broken = [record._replace(image=record.image * (math.nan if i == 7 else 1.0)) for i, record in enumerate(records)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tinyalign._checks import check_positive
 from tinyalign.perceiver.probes import RidgeProbe, area_under_roc, effective_rank, explained_variance, spread_over_norm
 
 Compressor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -48,11 +49,12 @@ class CompressorDiagnostics(NamedTuple):
 
     `image_sensitivity` and `caption_sensitivity` are the spread of the value over its norm while only the one changes.
     `shared_energy` is the share of the squared norm that all values have in common. `effective_rank` counts the
-    directions in which values differ. `word_recovery` is the mean area under the ROC curve over `num_words` words,
-    each read from held-out values by a linear probe (0.5 = nothing, 1 = always). `words_found` is the share of a
-    caption's words among as many highest-scored ones, and `words_found_by_frequency` the same for who only knows which
-    words are common. `patch_recovery` is the held-out explained variance of patch features (0 = only the mean).
-    `storage` maps "fp32", "fp16", "int8" and "int8 uncentred" to `StoredValue`. `num_records` pairs were measured.
+    directions in which values differ, 0 when they are all the same. `word_recovery` is the mean area under the ROC
+    curve over `num_words` words, each read from held-out values by a linear probe (0.5 = nothing, 1 = always).
+    `words_found` is the share of a caption's words among as many highest-scored ones, and `words_found_by_frequency`
+    the same for who only knows which words are common. `patch_recovery` is the held-out explained variance of patch
+    features (0 = only the mean). `storage` maps "fp32", "fp16", "int8" and "int8 uncentred" to `StoredValue`.
+    `num_records` pairs were measured.
     """
 
     image_sensitivity: float
@@ -70,7 +72,7 @@ class CompressorDiagnostics(NamedTuple):
 
 def compressor_diagnostics(
     compressor: Compressor,
-    records: Sequence[CompressorRecord],
+    records: Iterable[CompressorRecord],
     *,
     seed: int = 0,
     batch_size: int = 32,
@@ -87,11 +89,12 @@ def compressor_diagnostics(
         records: pairs, a few hundred or more; the compressor should not have been trained on them.
         seed: decides the split and the pairs for the sensitivities.
         batch_size: records encoded at a time.
-        num_probes: images and captions crossed for the sensitivities (its square is encoded).
+        num_probes: images and captions crossed for the sensitivities, at least two (its square is encoded).
         min_count: see above.
 
     Raises:
-        ValueError: too few records or words for a measurement; a compressor that returns NaN.
+        ValueError: too few records or words for a measurement; a record without patches; a compressor that returns NaN.
+        TypeError: records that are not `CompressorRecord` or hold no tensors; `words` in one text.
 
     Example:
         >>> import torch
@@ -107,9 +110,16 @@ def compressor_diagnostics(
         >>> measured.storage["fp16"].bytes_per_item
         64
     """
+    where = "compressor_diagnostics"
+    counts = {"batch_size": (batch_size, 1), "num_probes": (num_probes, 2), "min_count": (min_count, 1)}
+    for name, (number, smallest) in counts.items():
+        check_positive(where, name, number, least=smallest)
+    records = list(records)
+    for index, record in enumerate(records):
+        _check_record(where, index, record)
     if len(records) < 4 * min_count:
         raise ValueError(
-            f"compressor_diagnostics: records must be at least {4 * min_count} for min_count={min_count}, got "
+            f"{where}: records must be at least {4 * min_count} for min_count={min_count}, got "
             f"{len(records)}. Pass a few hundred."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -123,10 +133,11 @@ def compressor_diagnostics(
     patches = _patch_targets(records)
     patch_probe = RidgeProbe(values[train], patches[train], groups[train])
     wide, mean = values.double(), values[train].double().mean(0)
+    energy = wide.square().sum(1).mean()
     return CompressorDiagnostics(
         image_sensitivity=image_moves,
         caption_sensitivity=caption_moves,
-        shared_energy=float(wide.mean(0).square().sum() / wide.square().sum(1).mean()),
+        shared_energy=float(wide.mean(0).square().sum() / energy) if energy else 1.0,
         effective_rank=effective_rank(values),
         word_recovery=float(area_under_roc(probe(values[~train]), held_out).mean()),
         words_found=_found(probe(values[~train]), held_out),
@@ -139,6 +150,30 @@ def compressor_diagnostics(
         },
         num_records=len(records),
     )
+
+
+def _check_record(where: str, index: int, record: object) -> None:
+    if not isinstance(record, CompressorRecord):
+        raise TypeError(
+            f"{where}: records must be CompressorRecord, got {type(record).__name__} at {index}. Write "
+            "CompressorRecord(image, text)."
+        )
+    patches = record.image if record.patches is None else record.patches
+    for name, part in (("image", record.image), ("text", record.text), ("patches", patches)):
+        if not isinstance(part, Tensor) or part.dim() == 0:
+            raise TypeError(
+                f"{where}: {name} must be a tensor with rows, got {type(part).__name__} at record {index}. Use "
+                "torch.as_tensor."
+            )
+    if isinstance(record.words, str):
+        raise TypeError(
+            f"{where}: words must be a sequence of words, got {record.words!r} at record {index}. Split the caption."
+        )
+    if not len(patches):
+        raise ValueError(
+            f"{where}: patches must hold at least one, got shape {tuple(patches.shape)} at record {index}. Leave the "
+            "record out, or pass patches= where image is empty."
+        )
 
 
 def _encode(compressor: Compressor, records: Sequence[CompressorRecord], batch_size: int) -> Tensor:
@@ -215,8 +250,8 @@ def _choose_words(records: Sequence[CompressorRecord], train: Tensor, min_count:
             )
         said.append(set(record.text.tolist() if record.words is None else record.words))
     vocabulary = sorted({word for words in said for word in words}, key=repr)
-    labels = torch.tensor([[word in words for word in vocabulary] for words in said]).view(len(said), len(vocabulary))
-    usable = torch.ones(labels.shape[1], dtype=torch.bool)
+    labels = torch.tensor([[word in words for word in vocabulary] for words in said], dtype=torch.bool)
+    usable = torch.ones(len(vocabulary), dtype=torch.bool)
     for side in (train, ~train):
         usable &= (labels[side].sum(0) >= min_count) & ((~labels[side]).sum(0) >= min_count)
     if not usable.any():

@@ -119,6 +119,8 @@ def explained_variance(predicted: Tensor, targets: Tensor, mean: Tensor) -> floa
 def effective_rank(vectors: Tensor) -> float:
     """Exponential of the entropy of the normalised eigenvalues of the covariance: in how many directions they spread.
 
+    Zero where they do not spread at all, but for rounding.
+
     Shape:
         vectors: (n, p).
 
@@ -132,6 +134,8 @@ def effective_rank(vectors: Tensor) -> float:
     """
     centred = vectors.double() - vectors.double().mean(0)
     energy = torch.linalg.svdvals(centred).square()
+    if energy.sum() <= 1e-24 * vectors.double().square().sum():
+        return 0.0
     share = energy / energy.sum()
     return float(torch.exp(torch.special.entr(share).sum()))
 
@@ -148,4 +152,5 @@ def spread_over_norm(vectors: Tensor) -> float:
         0.242...
     """
     wide = vectors.double()
-    return float((wide - wide.mean(0)).square().sum(1).mean().sqrt() / wide.square().sum(1).mean().sqrt())
+    spread = (wide - wide.mean(0)).square().sum(1).mean().sqrt()
+    return float(spread / wide.square().sum(1).mean().sqrt()) if spread else 0.0
