@@ -48,7 +48,7 @@ def sealed(content):
     content.pop("checksum", None)
     body = json.dumps(content, sort_keys=True, separators=(",", ":"))
     content["checksum"] = xxhash.xxh3_128_hexdigest(body.encode())
-    return json.dumps(content)
+    return json.dumps(content) + "\n"
 
 
 def exercise(path):

@@ -83,6 +83,8 @@ def test_generations(random_bank, tmp_path, same):
     same(MemoryBank.load(path), current)
     assert torch.equal(reader.gather(reader.ids)[0], before)  # the first generation's reader goes on undisturbed
     assert len(reader) == 40
+    with pytest.raises(StaleBankError, match=r"verify: .* must still be at generation 1, got generation 3"):
+        reader.verify()
     bank.fingerprint["data.note"] = "x"
     bank.save(path)
     assert MemoryBank.load(path).fingerprint == {"data.note": "x"}
@@ -236,13 +238,28 @@ def test_every_edit_of_the_manifest_is_refused(saved):
         manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(BankError, match=r"manifest\.json"):
             MemoryBank.load(saved)
-    for cut in (b"", whole[:50], b"[]", b"\xff", b"[" * 100_000, b'{"a": NaN}'):
+    for cut in (b"", whole[:50], whole[:-1], b"[]", b"\xff", b"[" * 100_000, b'{"a": NaN}'):
         manifest.write_bytes(cut)
         with pytest.raises(BankCorruptedError, match=r"manifest\.json"):
             MemoryBank.load(saved)
     manifest.write_text(json.dumps({**content, "version": 2}))
     with pytest.raises(BankError, match=r"must have format version 1, got 2. Update tinyalign"):
         MemoryBank.load(saved)
+
+
+@pytest.mark.parametrize("value", [[1], {"b": 1}, float("nan"), b"x"])
+def test_a_fingerprint_that_cannot_be_read_back_is_not_written(saved, value):
+    bank = MemoryBank.load(saved)
+    bank.fingerprint["a"] = value
+    bank.remove(bank.ids[:1])
+    for write in (bank.commit, bank.compact, lambda: bank.save(saved), lambda: bank.save(saved.with_name("other"))):
+        with pytest.raises(TypeError, match="fingerprint must map names to str, int, finite float, bool or None, got"):
+            write()
+    assert len(MemoryBank.load(saved)) == len(bank) + 1
+    assert not saved.with_name("other").exists()
+    del bank.fingerprint["a"]
+    bank.commit()
+    assert len(MemoryBank.load(saved)) == len(bank)
 
 
 def test_a_kill_before_the_switch_leaves_rubbish_that_the_next_writer_sweeps(random_bank, tmp_path, same):

@@ -58,35 +58,75 @@ def test_best_of_looks_at_every_column():
     assert torch.equal(at, expected.indices[:, :3])
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
-    keys=hnp.arrays("float32", st.tuples(st.integers(1, 30), st.just(4)), elements=st.integers(-8, 8).map(float)),
-    queries=hnp.arrays("float32", st.tuples(st.integers(1, 5), st.just(4)), elements=st.integers(-8, 8).map(float)),
+    keys=hnp.arrays("float32", st.tuples(st.integers(1, 60), st.just(3)), elements=st.integers(-2, 2).map(float)),
+    queries=hnp.arrays("float32", st.tuples(st.integers(1, 5), st.just(3)), elements=st.integers(-8, 8).map(float)),
     k=st.integers(0, 35),
+    max_score=st.none() | st.integers(-20, 20),
     data=st.data(),
 )
-def test_laws_of_exclusion(keys, queries, k, data):
-    """Small integers make every product exact, so that scores must agree to the bit."""
+def test_laws_of_exclusion(keys, queries, k, max_score, data):
+    """Small integers make every product exact and many equal: ids and scores are those of a full sort to the bit."""
     count, rows = len(keys), len(queries)
-    ids = data.draw(st.lists(st.integers(0, 60), min_size=count, max_size=count, unique=True))
+    ids = data.draw(st.lists(st.integers(0, 90), min_size=count, max_size=count, unique=True))
     groups = data.draw(st.lists(st.integers(-1, 5), min_size=count, max_size=count))
     hidden_ids = data.draw(st.lists(st.lists(st.integers(0, 60), max_size=4), min_size=rows, max_size=rows))
     hidden_groups = data.draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=rows, max_size=rows))
-    bank = MemoryBank(4, (1,), metric="ip")
+    bank = MemoryBank(3, (1,), metric="ip")
     bank.add(torch.from_numpy(keys), torch.ones(count, 1), ids=ids, groups=groups)
-    found = bank.neighbours(torch.from_numpy(queries), k, exclude_ids=hidden_ids, exclude_groups=hidden_groups)
+    found = bank.neighbours(torch.from_numpy(queries), k, hidden_ids, hidden_groups, max_score=max_score)
     assert tuple(found.ids.shape) == (rows, k)
     for row in range(rows):
         allowed = [
-            (float(keys[i] @ queries[row]), ids[i])
+            (-float(keys[i] @ queries[row]), i)
             for i in range(count)
             if ids[i] not in hidden_ids[row] and groups[i] not in hidden_groups[row]
         ]
-        best = sorted((score for score, _ in allowed), reverse=True)[:k]
-        kept = found.ids[row][found.mask[row]].tolist()
-        assert found.scores[row][found.mask[row]].tolist() == best
-        assert set(kept) <= {entry for _, entry in allowed}
-        assert not set(kept) & set(hidden_ids[row])
+        best = [each for each in sorted(allowed) if max_score is None or -each[0] <= max_score][:k]
+        assert found.scores[row][found.mask[row]].tolist() == [-score for score, _ in best]
+        assert found.ids[row][found.mask[row]].tolist() == [ids[i] for _, i in best]
+
+
+@pytest.mark.parametrize("method", ["exact", "certified"])
+@pytest.mark.parametrize(("others", "kept"), [(300, 410), (3000, 200)])
+def test_equal_keys_go_by_row_whatever_the_batch(method, others, kept):
+    torch.manual_seed(0)
+    bank = MemoryBank(48, (1,))
+    keys = torch.cat([torch.randn(10, 48), torch.randn(1, 48).expand(100, 48), torch.randn(others, 48)])
+    bank.add(keys, torch.zeros(len(keys), 1))
+    where = torch.arange(len(keys)) < kept
+    queries = keys[10] + 0.1 * torch.randn(7, 48)
+    for options in ({"method": method}, {"where": where}, {"where": where.numpy()}):
+        assert bank.neighbours(queries, 5, **options).ids.tolist() == [list(range(10, 15))] * 7
+        assert bank.neighbours(queries[:1], 5, **options).ids.tolist() == [list(range(10, 15))]
+
+
+def test_a_score_limit_with_many_duplicates_still_finds_the_rest():
+    torch.manual_seed(0)
+    twin = torch.randn(1, 16)
+    bank = MemoryBank(16, (1,), key_dtype=torch.float32)
+    bank.add(torch.cat([twin.expand(300, 16), torch.randn(100, 16)]), torch.zeros(400, 1))
+    scores = (bank.project(twin).double() @ bank.keys().double().T)[0]
+    assert (scores[:300] > 0.9999999).all()
+    found = bank.neighbours(twin.expand(3, 16), 5, max_score=0.9999999)
+    best = scores[300:].topk(5)
+    assert found.mask.all()
+    assert found.ids.tolist() == [(best.indices + 300).tolist()] * 3
+
+
+def test_a_score_limit_holds_for_long_keys():
+    """Products of long vectors are rounded by more than any fixed slack."""
+    torch.manual_seed(0)
+    keys = 1000 * torch.randn(200, 64)
+    bank = MemoryBank(64, (1,), metric="ip", key_dtype=torch.float32)
+    bank.add(keys, torch.zeros(200, 1))
+    queries = 1000 * torch.randn(20, 64)
+    exact = (queries.double() @ keys.double().T).float()
+    for row in range(20):
+        limit = float(exact[row].sort(descending=True).values[50])
+        found = bank.neighbours(queries[row : row + 1], 5, max_score=limit)
+        assert found.scores[0].tolist() == exact[row].sort(descending=True).values[50:55].tolist()
 
 
 def test_exclusion_forms_agree(random_bank):
@@ -217,6 +257,9 @@ def test_fingerprint_of_a_query(random_bank):
         (torch.zeros(2, 8), {}, ValueError, "queries must be non-zero for metric 'cosine', got zeros in row 0"),
         (torch.ones(2, 8), {"k": -1}, ValueError, "k must be an integer from 0, got -1"),
         (torch.ones(2, 8), {"k": True}, ValueError, "got True"),
+        (torch.ones(2, 8), {"max_score": "high"}, ValueError, "max_score must be a number, got 'high'"),
+        (torch.ones(2, 8), {"max_score": float("nan")}, ValueError, "max_score must be a number, got nan"),
+        (torch.ones(2, 8), {"where": "all"}, ValueError, "where must be a bool tensor .* got 'all'"),
         (torch.ones(2, 8), {"exclude_ids": [1]}, ValueError, r"one row per query, got shape \(1, 1\) for 2 queries"),
         (torch.ones(2, 8), {"exclude_ids": [[1.5], []]}, TypeError, "exclude_ids must hold integers, got 1.5"),
         (torch.ones(1, 8), {"exclude_ids": 100}, TypeError, "exclude_ids must be a list or tensor, got 100. Pass one"),

@@ -167,9 +167,9 @@ class MemoryBank:
         self,
         queries: Tensor,
         k: int = 5,
-        *,
         exclude_ids: Any = None,
         exclude_groups: Any = None,
+        *,
         where: Where | None = None,
         max_score: float | None = None,
         method: str = "exact",
@@ -206,9 +206,9 @@ class MemoryBank:
         self,
         queries: Tensor,
         k: int = 5,
-        *,
         exclude_ids: Any = None,
         exclude_groups: Any = None,
+        *,
         where: Where | None = None,
         max_score: float | None = None,
         method: str = "exact",
@@ -288,6 +288,7 @@ class MemoryBank:
 
         Raises:
             BankError: the path holds something else, the disk is full, or (``BankLockedError``) another process writes.
+            TypeError: a field of ``fingerprint`` is not a plain value.
         """
         directory = Path(path).absolute()
         if self._home is not None and directory == self._home.directory:
@@ -302,6 +303,7 @@ class MemoryBank:
 
         Raises:
             BankError: another process is writing (``BankLockedError``) or has committed since (``StaleBankError``).
+            TypeError: a field of ``fingerprint`` is not a plain value.
         """
         caller = "MemoryBank.commit"
         home = self._saved(caller)
@@ -357,7 +359,7 @@ class MemoryBank:
         return self.generation
 
     def verify(self) -> VerifyReport:
-        """Read every file of the generation and compare its checksums; ``BankCorruptedError`` names what differs."""
+        """Read every file of the generation and compare checksums; an error names what differs or was replaced."""
         return verified(self._saved("MemoryBank.verify"))
 
     def _saved(self, caller: str) -> saving.Home:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinyalign.memory.exclusion import Banned, hide
 from tinyalign.memory.rows import RowTable
-from tinyalign.memory.search import QUERIES_AT_ONCE, TopRows, best_of, exact_top_rows, rescored, share_of_batch
+from tinyalign.memory.search import QUERIES_AT_ONCE, Bounds, TopRows, best_of, exact_top_rows, rescored, share_of_batch
 
 ROWS_AT_ONCE = 8192
 CANDIDATES = 64  # rows rescored per query at first; where the proof needs more, all it needs
@@ -47,17 +47,17 @@ class CertifiedSearch:
         self.parts = [_encode(keys, self.center, start) for start, keys in _pieces(table)]
         self.fallbacks = 0  # queries for which every row was scored
 
-    def top_rows(self, queries: Tensor, table: RowTable, k: int, banned: Banned) -> TopRows:
+    def top_rows(self, queries: Tensor, table: RowTable, k: int, banned: Banned, bounds: Bounds) -> TopRows:
         """Return what ``exact_top_rows`` returns."""
         found = [
-            self._some_queries(queries[at : at + QUERIES_AT_ONCE], table, k, share_of_batch(banned, at))
+            self._some_queries(queries[at : at + QUERIES_AT_ONCE], table, k, share_of_batch(banned, at), bounds)
             for at in range(0, queries.shape[0], QUERIES_AT_ONCE)
         ]
         if not found:
             return TopRows(torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))
         return TopRows(torch.cat([f.scores for f in found]), torch.cat([f.rows for f in found]))
 
-    def _some_queries(self, queries: Tensor, table: RowTable, k: int, banned: Banned) -> TopRows:
+    def _some_queries(self, queries: Tensor, table: RowTable, k: int, banned: Banned, bounds: Bounds) -> TopRows:
         count, wanted = queries.shape[0], min(k + CANDIDATES, table.total)
         upper = torch.empty(count, table.total)
         self._bounds(queries, upper, banned)
@@ -67,19 +67,20 @@ class CertifiedSearch:
             return top  # every row was scored
         proven = (best[:, wanted] < top.scores[:, -1]) | (best[:, wanted] == float("-inf"))
         for row in (~proven).nonzero().squeeze(1).tolist():
-            one = self._more(queries[row : row + 1], table, k, upper[row], float(top.scores[row, -1]), banned, row)
+            hidden = banned.queries == row
+            mine = Banned(banned.rows[hidden], banned.queries[hidden] * 0, banned.everywhere)
+            one = self._more(queries[row : row + 1], table, k, upper[row], float(top.scores[row, -1]), mine, bounds)
             top.scores[row], top.rows[row] = one.scores[0], one.rows[0]
         return top
 
     def _more(
-        self, query: Tensor, table: RowTable, k: int, upper: Tensor, least: float, banned: Banned, row: int
+        self, query: Tensor, table: RowTable, k: int, upper: Tensor, least: float, banned: Banned, bounds: Bounds
     ) -> TopRows:
         rows = (upper >= least).nonzero().squeeze(1)
         if least > float("-inf") and rows.shape[0] <= MOST_CANDIDATES:
             return rescored(query, table, upper[rows][None], rows[None], k)
         self.fallbacks += 1
-        mine = banned.queries == row
-        return exact_top_rows(query, table, k, Banned(banned.rows[mine], banned.queries[mine] * 0, banned.everywhere))
+        return exact_top_rows(query, table, k, banned, bounds)
 
     def _bounds(self, queries: Tensor, upper: Tensor, banned: Banned) -> None:
         count = queries.shape[0]

@@ -20,10 +20,12 @@ from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES, ValueCodec, dtype_n
 from tinyalign.memory.errors import UnknownIdError
 from tinyalign.memory.manifest import METRICS
 from tinyalign.memory.rows import RowTable
+from tinyalign.memory.search import UNIT
 from tinyalign.memory.segment import Columns, decode_note
 from tinyalign.memory.transform import KeyTransform
 
 HASHED_AT_ONCE = 4096
+ROWS_MEASURED = 16384
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Contents:
         self.table = RowTable(spec.empty())
         self.next_id = next_id
         self.certified: CertifiedSearch | None = None
+        self._longest = (-1, 0.0)  # the table's version, and the length
         self.index: FaissIndex | None = None
 
     def append(
@@ -149,6 +152,16 @@ class Contents:
     def stored_keys(self, keys: Tensor, where: str) -> Tensor:
         """Return keys as they are kept: finite, of unit length for cosine, in the key dtype."""
         return inputs.stored_as(self.searchable(keys, where, "keys"), self.spec.key_dtype, where, "keys")
+
+    def longest_key(self) -> float:
+        """Return a length that no stored key exceeds; for cosine one, for ip measured when entries have changed."""
+        if self.spec.metric == "cosine":
+            return UNIT
+        if self._longest[0] != self.table.version:
+            keys = (part for _, columns in self.table.blocks() for part in torch.split(columns.keys, ROWS_MEASURED))
+            longest = max((float(part.float().norm(dim=-1).max()) for part in keys if len(part)), default=0.0)
+            self._longest = (self.table.version, longest)
+        return self._longest[1]
 
     @property
     def input_dim(self) -> int:

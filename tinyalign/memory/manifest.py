@@ -113,8 +113,9 @@ def read_manifest(directory: Path, caller: str) -> Manifest:
             f"{caller}: {path} must stay under {LARGEST_MANIFEST} bytes, got {path.stat().st_size}. "
             "Use another copy of the bank."
         )
+    raw = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        content = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BankCorruptedError(f"{caller}: {path} must be JSON, got {error}. Restore it from a copy.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -123,7 +124,7 @@ def read_manifest(directory: Path, caller: str) -> Manifest:
         raise BankError(
             f"{caller}: {path} must have format version {VERSION}, got {content.get('version')!r}. Update tinyalign."
         )
-    if content.get("checksum") != _digest(content):
+    if content.get("checksum") != _digest(content) or not raw.endswith(b"\n"):  # what is written last
         raise BankCorruptedError(
             f"{caller}: {path} must match its own checksum, got an edit or damage. Restore it from a copy."
         )

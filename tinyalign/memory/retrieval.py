@@ -15,7 +15,7 @@ from tinyalign.memory.certified import CertifiedSearch, int8_pays
 from tinyalign.memory.contents import Contents
 from tinyalign.memory.errors import BankError, UnknownIdError
 from tinyalign.memory.exclusion import banned_rows, padded_ids
-from tinyalign.memory.search import TopRows, exact_top_rows, few_rows
+from tinyalign.memory.search import Bounds, TopRows, exact_top_rows, few_rows
 from tinyalign.memory.segment import decode_note
 
 CALLER = "MemoryBank.search"
@@ -110,19 +110,30 @@ def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits, method
     table, count = contents.table, queries.shape[0]
     ids = padded_ids(limits.exclude_ids, count, CALLER, "exclude_ids")
     groups = padded_ids(limits.exclude_groups, count, CALLER, "exclude_groups")
-    if limits.where is None and limits.max_score is None and method != "exact":
+    bounds = Bounds(_checked_score(limits.max_score), contents.longest_key())
+    if limits.where is None and bounds.max_score is None and method != "exact":
         banned = banned_rows(table, ids, groups, table.dead)
         if method == "approximate":
             return current_index(contents).top_rows(queries, table, k, banned)
-        if int8_pays():
-            return current_certificates(contents).top_rows(queries, table, k, banned)
+        if int8_pays() and contents.spec.key_dim > 1:  # torch's int8 product is wrong at width 1
+            return current_certificates(contents).top_rows(queries, table, k, banned, bounds)
     if limits.where is None:
-        return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, table.dead), limits.max_score)
+        return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, table.dead), bounds)
     allowed = allowed_rows(contents, limits.where)
-    if len(allowed) < FEW * table.total and limits.max_score is None:
-        return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead))
+    if len(allowed) < FEW * table.total and bounds.max_score is None:
+        return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead), bounds)
     everywhere = np.setdiff1d(np.arange(table.total), allowed, assume_unique=True)
-    return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, everywhere), limits.max_score)
+    return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, everywhere), bounds)
+
+
+def _checked_score(max_score: Any) -> float | None:
+    if max_score is None:
+        return None
+    if isinstance(max_score, bool) or not isinstance(max_score, (int, float, np.number)) or max_score != max_score:
+        raise ValueError(
+            f"{CALLER}: max_score must be a number, got {max_score!r}. Pass a score such as 0.98, or None."
+        )
+    return float(max_score)
 
 
 def current_index(contents: Contents) -> FaissIndex:
@@ -143,13 +154,15 @@ def current_certificates(contents: Contents) -> CertifiedSearch:
 def allowed_rows(contents: Contents, where: Where) -> np.ndarray:
     """Return the live rows that a filter keeps, ascending."""
     live = contents.table.live_rows()
-    if isinstance(where, Tensor):
-        if where.dtype != torch.bool or tuple(where.shape) != (len(live),):
+    if not callable(where):
+        flags = torch.as_tensor(where) if isinstance(where, (Tensor, np.ndarray, list)) else None
+        if flags is None or flags.dtype != torch.bool or tuple(flags.shape) != (len(live),):
+            found = repr(where) if flags is None else f"{flags.dtype} {tuple(flags.shape)}"
             raise ValueError(
-                f"{CALLER}: where must be a bool tensor of shape ({len(live)},), got {where.dtype} "
-                f"{tuple(where.shape)}. Give one flag per entry, in the order of bank.ids."
+                f"{CALLER}: where must be a bool tensor of shape ({len(live)},), got {found}. "
+                "Give one flag per entry, in the order of bank.ids, or a function of the metadata."
             )
-        kept: np.ndarray = live[where.cpu().numpy()]
+        kept: np.ndarray = live[flags.cpu().numpy()]
         return kept
     keep = [bool(where(decode_note(contents.table.note(row)))) for row in live.tolist()]
     chosen: np.ndarray = live[np.asarray(keep, dtype=bool)]

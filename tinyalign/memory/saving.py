@@ -14,7 +14,7 @@ from tinyalign.memory.blockfile import tensor_bytes, write_blocks
 from tinyalign.memory.codec import KEY_DTYPES, VALUE_DTYPES, ValueCodec, dtype_name
 from tinyalign.memory.contents import BankSpec, Contents
 from tinyalign.memory.errors import BankError, StaleBankError
-from tinyalign.memory.fingerprint import Fingerprint, require_match
+from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
 from tinyalign.memory.lock import writer_lock
 from tinyalign.memory.manifest import POINTERS, Manifest, SegmentEntry
 from tinyalign.memory.rows import RowSource
@@ -84,6 +84,7 @@ def save_all(
     takes the place of the contents' own rows.
     """
     table = contents.table if table is None else table
+    fingerprint = checked_fingerprint(fingerprint, caller)
     prepare(path, caller)
     with writer_lock(path, caller):
         before = current(path, caller) if expected is None else _unchanged(expected, caller)
@@ -100,6 +101,7 @@ def save_all(
 
 def commit(contents: Contents, fingerprint: Fingerprint, home: Home, caller: str) -> Manifest:
     """Write what was added and removed since the last generation as the next one."""
+    fingerprint = checked_fingerprint(fingerprint, caller)
     with writer_lock(home.directory, caller):
         before = _unchanged(home, caller)
         sweep(home.directory, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from tinyalign.memory.errors import BankCorruptedError
+from tinyalign.memory.errors import BankCorruptedError, StaleBankError
 from tinyalign.memory.saving import Home
 from tinyalign.memory.store import current, damage
 
@@ -30,8 +30,13 @@ def verified(home: Home) -> VerifyReport:
     """Check every file of the generation that ``home`` continues against its checksums."""
     caller = "MemoryBank.verify"
     begin = time.perf_counter()
-    current(home.directory, caller)  # the manifest itself must still be whole
+    now = current(home.directory, caller)  # the manifest itself must still be whole
     problems = damage(home.directory, home.manifest)
+    if problems and now is not None and now.to_json() != home.manifest.to_json():
+        raise StaleBankError(
+            f"{caller}: {home.directory} must still be at generation {home.manifest.generation}, got generation "
+            f"{now.generation}. Another process has written it since: load it again and verify that."
+        )
     if problems:
         raise BankCorruptedError(
             f"{caller}: {home.directory} must be as it was written, got {'; '.join(problems)}. Restore it from a copy."
