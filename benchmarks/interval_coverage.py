@@ -237,7 +237,7 @@ def divergences() -> list[Case]:
         if pair.width > 3:
             continue
         for n in (300, 2000):
-            for method in ("knn", "gaussian", "margins", "surrogate"):
+            for method in ("plain", "gaussian", "margins", "surrogate"):
                 if method == "gaussian" and not pair.name.startswith("normal"):
                     continue
 

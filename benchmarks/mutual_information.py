@@ -182,7 +182,7 @@ def coverage(part: str, repetitions: int, word: str) -> None:
 def beside(part: str, draws: int, word: str) -> None:
     """Our error and time on divergences or labels, beside the plain nearest neighbours among our own candidates."""
     estimate, plain, said = {
-        "kl": (kl_from_samples, "knn", "plain nearest neighbours"),
+        "kl": (kl_from_samples, "plain", "plain nearest neighbours"),
         "labels": (mutual_information, "ross", "Ross's neighbours"),
     }[part]
     print(f"{N} samples, {draws} draws; mean absolute error in nats / CPU seconds (what was chosen)")

@@ -209,7 +209,8 @@ def _pair(p: Any, q: Any) -> tuple[Tensor, Tensor]:
 
 def _table(values: Any, name: str) -> Tensor:
     table = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    if not table.is_floating_point():
+    # Half precision stays: by its own rounding it may miss a sum of 1.
+    if not table.is_floating_point() or (table.dtype == torch.float32 and not isinstance(values, Tensor)):
         table = table.double()
     if table.ndim == 0 or table.shape[-1] == 0:
         raise ValueError(

@@ -12,7 +12,7 @@ from tinyalign.theory._input import as_numpy
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import ratio_interval
 
-__all__ = ["monte_carlo_kl"]
+__all__ = ["monte_carlo_kl", "tail_limit", "tail_shape"]
 
 FloatArray = NDArray[np.float64]
 _METHODS = ("fitted", "k1", "k2", "k3")
@@ -90,7 +90,7 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
     values = {"k1": -log_ratio, "k2": 0.5 * log_ratio**2}
     with np.errstate(over="ignore"):
         ratio = np.exp(log_ratio)
-    tail = _tail_shape(ratio)
+    tail = tail_shape(ratio)
     warnings = _support_warnings(ratio, tail)
     values["k3"] = ratio - 1 - log_ratio
     values["fitted"] = values["k1"] if warnings else _fitted(values["k1"], ratio - 1.0)
@@ -105,8 +105,8 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
             f"tail: q/p has large values under p (shape {tail:.2f}, {n} draws), whose mean of 1 draws may miss; the "
             "interval may be too narrow, and that of k1 is not"
         ]
-    rare = _tail_shape(values["k1"])
-    if n > 20 and rare > _INFINITE - _FEWER / math.sqrt(n):
+    rare = tail_shape(values["k1"])
+    if rare > tail_limit(n):
         warnings.append(
             f"tail: log p/q has large values under p (shape {rare:.2f}, {n} draws), whose mean draws may miss; the "
             "interval may be too narrow, and at a shape near 1 or above the divergence may be infinite"
@@ -130,7 +130,12 @@ def monte_carlo_kl(log_p: Any, log_q: Any, *, method: str = "fitted", level: flo
     )
 
 
-def _tail_shape(ratio: FloatArray) -> float:
+def tail_limit(n: int) -> float:
+    """Shape of the tail of n log ratios from which on their mean is not to be trusted: less with few, none with 20."""
+    return _INFINITE - _FEWER / math.sqrt(n) if n > 20 else math.inf
+
+
+def tail_shape(ratio: FloatArray) -> float:
     """Shape of a generalised Pareto tail through the largest ratios; from a half on their variance is infinite.
 
     Source:

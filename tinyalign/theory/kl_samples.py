@@ -8,26 +8,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma
+from scipy.special import digamma, stdtrit
 
 from tinyalign.theory._input import as_matrix, check_level
-from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
 from tinyalign.theory.intervals import inverted_interval
 from tinyalign.theory.kl_margins import FEW_COLUMNS, SHARING, margins_divergence, redraw
+from tinyalign.theory.kl_monte_carlo import tail_limit, tail_shape
+from tinyalign.theory.kl_ties import constant_warning, shared_warning, untied
 from tinyalign.theory.nearest import small_warning
-from tinyalign.theory.neighbours import kth_distance, neighbour_interval, subset_interval
+from tinyalign.theory.neighbours import kth_distances, neighbour_interval, subset_interval
 
 __all__ = ["gaussian_kl", "kl_from_samples"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-_METHODS = ("auto", "knn", "gaussian", "margins", "surrogate")
+_METHODS = ("auto", "knn", "plain", "gaussian", "margins", "surrogate")
 _ACCEPT = 2.5  # standard errors
 _DRAWS = 4  # of a fit that the first one rejects: one draw is as noisy as the data, and may be an odd one
-_FAR = 0.07  # of the divergence: what sharing the few neighbours far out in q adds to the error
+_STEADY = 4  # times as many neighbours as the estimate has test a fit
+# Of the nearest neighbours and of more, whose mean has less noise than its terms say: a fit shares most of it.
+_SHARED = np.array([SHARING, 0.75])
+_FAR = np.array([0.07, 0.02])  # of the divergence: what sharing the few neighbours far out in q adds to the error
 _BIASED = 0.03  # nats
 _CLEAR = 2.0  # standard errors
+_CARRIED = 0.02  # nats
 _FLAT = 1e-6  # share of a column's spread that others leave
 _OUTSIDE = 0.01  # of the samples of p
 _SMALLEST = 20  # neighbours that a subset of margins must be able to hold
@@ -48,15 +53,17 @@ def kl_from_samples(
     own margins with Gaussian copulas, whose divergence is measured column by column. Nearest neighbours on the samples,
     less nearest neighbours on draws of the two fitted laws, then measure what the fit missed, and the bias of the
     neighbours cancels. ``"auto"`` returns the fit where that difference is within its noise, and adds it elsewhere.
+    Values that repeat are spread over their gaps first.
 
     Args:
         p_samples: samples of p.
         q_samples: samples of q.
-        method: ``"auto"``, ``"knn"`` (plain), ``"gaussian"`` (closed form of normal fits), ``"margins"`` (column by
-            column, with Gaussian copulas) or ``"surrogate"`` (normal fits and what neighbours say they missed).
+        method: ``"auto"`` or ``"knn"``, which is the same: neighbours with the correction above; ``"plain"``
+            (neighbours without it), ``"gaussian"`` (closed form of normal fits), ``"margins"`` (column by column, with
+            Gaussian copulas) or ``"surrogate"`` (normal fits and what neighbours say they missed).
         k: which neighbour.
         level: nominal coverage.
-        seed: seed of the surrogate draws.
+        seed: seed of the surrogate draws and of the noise that spreads values that repeat.
 
     Shape:
         p_samples: (n,) or (n, d). q_samples: (m,) or (m, d).
@@ -91,7 +98,8 @@ def kl_from_samples(
             f"kl_from_samples: p_samples and q_samples must have one width, got {p.shape[1]} and {q.shape[1]}. "
             "Use the same features for both."
         )
-    warnings = duplicate_warnings(p, "p_samples") + duplicate_warnings(q, "q_samples")
+    method = "auto" if method == "knn" else method
+    warnings = constant_warning(p, "p_samples") + constant_warning(q, "q_samples") + shared_warning(p, q)
     p, q, dropped = _own_columns(p, q)
     if dropped:
         warnings += (f"copies: {dropped} columns are constant or combinations of others in both and were left out",)
@@ -105,28 +113,32 @@ def kl_from_samples(
             "density; the divergence is infinite",
         )
         return Estimate(math.inf, math.inf, math.inf, method="degenerate", n=n, warnings=warnings, level=level)
+    p, q, lines = untied(p, q, seed)
+    warnings += lines
     columns = p, q
     # Whitening by q changes no divergence and makes the max-norm balls fit.
     shift, root = q.mean(axis=0), _whitener(q)
     p, q = (p - shift) @ root, (q - shift) @ root
     law_p, law_q = _normal(p), _normal(q)
     closed = gaussian_kl(law_p, law_q)
-    local = _local(p, q, k)
-    plain = float(local.mean())
-    if method == "knn":
+    # In many columns samples share so many neighbours that more of them make no sharper test.
+    ks = [k] if width > FEW_COLUMNS else [k, min(_STEADY * k, n - 1, len(q))]
+    local = _local(p, q, ks)
+    plain = float(local[:, 0].mean())
+    if method == "plain":
         warnings += _dimension(width) + small_warning(min(n, len(q)))
-        return _with_neighbours(plain, p, q, k, level, "knn", {}, warnings)
+        return _with_neighbours(plain, p, q, k, level, "plain", {}, warnings)
     rng = np.random.default_rng(seed)
 
     def missed_by_neighbours() -> FloatArray:
         drawn_p, drawn_q = _draw(law_p, rng, n), _draw(law_q, rng, len(q))
-        return np.asarray(_local(drawn_p, drawn_q, k) - _log_ratio(drawn_p, law_p, law_q))
+        return np.asarray(_local(drawn_p, drawn_q, [k]) - _log_ratio(drawn_p, law_p, law_q)[:, None])
 
     normal = _looks_normal(p, law_p) and _looks_normal(q, law_q)
     ratio_data = _log_ratio(p, law_p, law_q)
-    missed, accepted = _missed(local - ratio_data, missed_by_neighbours, len(q), closed)
+    missed, accepted = _missed(local[:, :1] - ratio_data[:, None], missed_by_neighbours, len(q), closed)
     surrogate = float(ratio_data.mean()) + missed
-    candidates = {"knn": plain, "gaussian": closed, "surrogate": surrogate}
+    candidates = {"plain": plain, "gaussian": closed, "surrogate": surrogate}
     if method == "gaussian" or (method == "auto" and normal and accepted):
         low, high, error = _closed_interval(closed, law_p, law_q, level)
         return Estimate(
@@ -139,31 +151,36 @@ def kl_from_samples(
             "hold what it missed",
         )
         return _with_neighbours(surrogate, p, q, k, level, "surrogate", candidates, warnings)
-    return _by_margins(columns, (shift, root), local, (method, k, level), rng, candidates, warnings)
+    return _by_margins(columns, (shift, root), local, (method, ks, level), rng, candidates, warnings)
 
 
 def _missed(data: FloatArray, drawn: Callable[[], FloatArray], m: int, value: float) -> tuple[float, bool]:
     """Compute the mean of what neighbours say beyond a fit, less the same on draws of the fit, and whether it is noise.
 
     Args:
-        data: the terms on the data.
+        data: the terms on the data, at the nearest neighbours, which have less bias and are returned, and perhaps at
+            more of them, which have less noise and are the sharper test.
         drawn: makes the terms on a draw of the fit.
         m: samples of q.
         value: divergence of the fit.
+
+    Shape:
+        data, drawn: (n, 1) or (n, 2).
     """
-    means: list[float] = []
-    variances: list[float] = []
-    missed, accepted = 0.0, False
+    means: list[FloatArray] = []
+    variances: list[FloatArray] = []
+    missed, accepted = np.zeros(2), False
     while not accepted and len(means) < _DRAWS:
         terms = drawn()
-        means.append(float(terms.mean()))
-        variances.append(float(terms.var()))
-        missed = float(data.mean()) - float(np.mean(means))
-        variance = float(data.var()) + float(np.mean(variances)) / len(means)
+        means.append(terms.mean(axis=0))
+        variances.append(terms.var(axis=0))
+        missed = data.mean(axis=0) - np.mean(means, axis=0)
+        variance = data.var(axis=0) + np.mean(variances, axis=0) / len(means)
         # Samples of p far from q share their few neighbours in q, which the per-sample spread does not show.
-        noise = math.hypot(SHARING * math.sqrt(variance / min(len(data), m)), _FAR * value)
-        accepted = abs(missed) < _ACCEPT * noise
-    return missed, accepted
+        tests = len(variance)
+        noise = np.hypot(_SHARED[:tests] * np.sqrt(variance / min(len(data), m)), _FAR[:tests] * value)
+        accepted = bool((np.abs(missed) < _ACCEPT * noise).all())
+    return float(missed[0]), accepted
 
 
 def _own_columns(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, int]:
@@ -187,11 +204,12 @@ def _degenerate(x: FloatArray) -> bool:
 
 def _by_margins(
     columns: tuple[FloatArray, FloatArray], whitening: tuple[FloatArray, FloatArray], local: FloatArray,
-    settings: tuple[str, int, float], rng: np.random.Generator, candidates: dict[str, float], warnings: tuple[str, ...],
+    settings: tuple[str, list[int], float], rng: np.random.Generator, candidates: dict[str, float],
+    warnings: tuple[str, ...],
 ) -> Estimate:  # fmt: skip
     """Margins and Gaussian copulas, plus what neighbours in all columns say that they miss."""
     p, q = columns
-    method, k, level = settings
+    method, ks, level = settings
     shift, root = whitening
     fitted = margins_divergence(p, q)
     value, name, missed = fitted.value, "margins", 0.0
@@ -199,10 +217,10 @@ def _by_margins(
 
         def missed_by_neighbours() -> FloatArray:
             drawn_p, drawn_q = redraw(p, rng), redraw(q, rng)
-            near = _local((drawn_p - shift) @ root, (drawn_q - shift) @ root, k)
-            return np.asarray(near - margins_divergence(drawn_p, drawn_q).samples)
+            near = _local((drawn_p - shift) @ root, (drawn_q - shift) @ root, ks)
+            return np.asarray(near - margins_divergence(drawn_p, drawn_q).both[:, : len(ks)])
 
-        missed, accepted = _missed(local - fitted.samples, missed_by_neighbours, len(q), fitted.value)
+        missed, accepted = _missed(local - fitted.both[:, : len(ks)], missed_by_neighbours, len(q), fitted.value)
         if not accepted:
             value, name = value + missed, "surrogate"
             warnings += (
@@ -214,6 +232,9 @@ def _by_margins(
         return margins_divergence(p[rows], q[_in_step(rows, len(p), len(q))]).value
 
     error, quantile = subset_interval(part, len(p), _SMALLEST, level)
+    if math.isnan(error):
+        error, quantile = fitted.error, float(stdtrit(len(p) - 1, 0.5 + level / 2))
+        warnings += small_warning(len(p))
     if abs(fitted.gap) > max(_BIASED, _CLEAR * fitted.gap_error):
         warnings += (
             f"bias: the sum over the margins moves by {fitted.gap:+.3f} nats with the number of neighbours; p has mass "
@@ -230,11 +251,22 @@ def _by_margins(
             f"support: {outside:.1%} of the samples of p lie beyond every sample of q in a column; what q gives them "
             "is not known, and the divergence may be far larger",
         )
+    elif abs(fitted.tail) > max(_CARRIED, error):
+        warnings += (
+            f"support: {fitted.tail:+.3f} nats come from samples of p where q has hardly any; its tail was carried on "
+            "as that of a normal law, which the interval takes for granted",
+        )
+    shape = tail_shape(fitted.samples)
+    if shape > tail_limit(len(p)):
+        warnings += (
+            f"tail: the log ratio has large values under p (shape {shape:.2f}, {len(p)} samples), whose mean samples "
+            "may miss; the interval may be too narrow, and at a shape near 1 or above the divergence may be infinite",
+        )
     half = quantile * error
     return Estimate(
         value, value - half, value + half, method=name, n=len(p), samples=fitted.samples if name == "margins" else None,
         candidates={**candidates, "margins": fitted.value}, warnings=warnings, level=level, std_error=error,
-        details={"k": k, "m": len(q), "missed": missed},
+        details={"k": ks[0], "m": len(q), "missed": missed},
     )  # fmt: skip
 
 
@@ -285,10 +317,10 @@ def _log_ratio(x: FloatArray, p: _Normal, q: _Normal) -> FloatArray:
     return result
 
 
-def _local(p: FloatArray, q: FloatArray, k: int) -> FloatArray:
-    """Return d log(nu / rho) + log(m / (n - 1)): distance to the k-th sample of q over that within p."""
-    own = np.maximum(kth_distance(p, k), 1e-300)
-    other = np.maximum(kth_distance(q, k, p), 1e-300)
+def _local(p: FloatArray, q: FloatArray, ks: list[int]) -> FloatArray:
+    """Return d log(nu / rho) + log(m / (n - 1)), (n, len(ks)): distance to the k-th sample of q over that within p."""
+    own = np.maximum(kth_distances(p, ks), 1e-300)
+    other = np.maximum(kth_distances(q, ks, p), 1e-300)
     return np.asarray(p.shape[1] * (np.log(other) - np.log(own)) + math.log(len(q) / (len(p) - 1)))
 
 
@@ -348,7 +380,7 @@ def _with_neighbours(
     def local(rows: IntArray, ks: list[int]) -> list[FloatArray]:
         chosen = _in_step(rows, len(p), len(q))
         most = min(len(rows) - 2, len(chosen) - 1)
-        return [_local(p[rows], q[chosen], min(near, most)) for near in ks]
+        return list(_local(p[rows], q[chosen], [min(near, most) for near in ks]).T)
 
     _, spread = neighbour_interval(local, len(p), k, level, shared=SHARING)
     return Estimate(
