@@ -75,6 +75,15 @@ def test_a_bank_searches_in_the_mapped_space_and_keeps_the_map(crowded, tmp_path
     assert torch.equal(again.ids.clamp_max(399), expected.indices.clamp_max(399))
 
 
+def test_a_key_is_mapped_alike_alone_and_among_others():
+    torch.manual_seed(0)
+    keys = torch.randn(300, 96)
+    transform = KeyTransform.fit(keys, whiten=True, dim=32)
+    together = transform(keys)
+    alone = torch.cat([transform(keys[row : row + 1]) for row in range(300)])
+    assert torch.equal(alone, together)
+
+
 def test_banks_of_different_maps_are_not_merged(crowded):
     banks = []
     for number, sample in enumerate((crowded, crowded + 1)):

@@ -97,10 +97,11 @@ class KeyTransform:
         return cls(mean, directions)
 
     def __call__(self, keys: Tensor) -> Tensor:
-        """Map keys (n, D) to (n, D'), in float32 or better."""
+        """Map keys (n, D) to (n, D'), in float32 or better; by way of float64, so that batch mates do not show."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        centred = keys.to(dtype) - self.mean.to(keys.device, dtype)
-        return centred if self.projection is None else centred @ self.projection.to(keys.device, dtype)
+        wide = torch.float64 if keys.device.type == "cpu" else dtype
+        centred = keys.to(wide) - self.mean.to(keys.device, wide)
+        return (centred if self.projection is None else centred @ self.projection.to(keys.device, wide)).to(dtype)
 
     def to(self, device: torch.device | str) -> KeyTransform:
         """Return a copy on a device, for keys there."""
