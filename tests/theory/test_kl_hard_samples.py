@@ -99,6 +99,23 @@ def test_few_rounded_samples_have_an_interval() -> None:
     assert result.warned("small")
 
 
+def test_samples_too_few_for_a_fit_are_left_to_neighbours() -> None:
+    """Columns of correlated exponentials: 250 samples of 48 columns, and fewer samples than columns."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(48, 48))
+    p, q = (rng.exponential(size=(250, 48)) @ mixing for _ in range(2))
+    few = kl_from_samples(p, q)
+    assert few.method == "plain"
+    assert few.warned("dimension")
+    assert abs(few.value) < 2
+    fewer = kl_from_samples(p[:40], q)
+    assert (fewer.method, fewer.warned("small")) == ("plain", True)
+    assert abs(fewer.value) < 10
+    for method in ("gaussian", "margins", "surrogate"):
+        with pytest.raises(ValueError, match="must hold more than 50 samples each to fit 48 columns, got 40 and 250"):
+            kl_from_samples(p[:40], q, method=method)
+
+
 def test_values_that_do_not_repeat_are_left_as_they_are() -> None:
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(50, 2)), rng.normal(size=(60, 2))

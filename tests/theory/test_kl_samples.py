@@ -8,7 +8,8 @@ from scipy import stats
 
 from tinyalign.theory import kl_from_samples
 from tinyalign.theory.kl_margins import _across, margins_divergence, redraw
-from tinyalign.theory.kl_samples import _DRAWS, _looks_normal, _missed, _normal
+from tinyalign.theory.kl_normal import fit_normal, looks_normal
+from tinyalign.theory.kl_samples import _DRAWS, _missed
 
 
 @pytest.mark.parametrize(("width", "shift", "scale"), [(1, 1.0, 1.0), (3, 0.5, 1.3), (20, 0.2, 1.2)])
@@ -312,8 +313,8 @@ def test_the_gap_between_neighbours_has_the_error_of_its_terms() -> None:
 
 def test_a_column_with_tails_is_seen_beside_one_without_although_together_they_pass() -> None:
     even = stats.norm.ppf((np.arange(1000) + 0.5) / 1000)
-    assert _looks_normal(even[:, None], _normal(even[:, None]))
+    assert looks_normal(even[:, None], fit_normal(even[:, None]))
     # Fourth moments 5 and 1 about the 3 of a normal law: Mardia's statistic of both is that of two normal columns.
     tails = np.concatenate([even * np.sqrt(1 - np.sqrt(2 / 3)), even * np.sqrt(1 + np.sqrt(2 / 3))])
     both = np.c_[np.tile(tails, 2), np.repeat([-1.0, 1.0], 2000)]
-    assert not _looks_normal(both, _normal(both))
+    assert not looks_normal(both, fit_normal(both))

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma, stdtrit
+from scipy.special import stdtrit
 
 from tinyalign.theory._input import as_matrix, check_level
 from tinyalign.theory.estimate import Estimate
-from tinyalign.theory.intervals import inverted_interval
 from tinyalign.theory.kl_margins import FEW_COLUMNS, SHARING, margins_divergence, redraw
 from tinyalign.theory.kl_monte_carlo import tail_limit, tail_shape
+from tinyalign.theory.kl_normal import (
+    closed_interval,
+    draw_normal,
+    fit_normal,
+    gaussian_kl,
+    looks_normal,
+    normal_log_ratio,
+)
 from tinyalign.theory.kl_ties import constant_warning, shared_warning, untied
 from tinyalign.theory.nearest import small_warning
 from tinyalign.theory.neighbours import kth_distances, neighbour_interval, subset_interval
 
-__all__ = ["gaussian_kl", "kl_from_samples"]
+__all__ = ["kl_from_samples"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -35,13 +42,8 @@ _CLEAR = 2.0  # standard errors
 _CARRIED = 0.02  # nats
 _FLAT = 1e-6  # share of a column's spread that others leave
 _OUTSIDE = 0.01  # of the samples of p
+_FULL = 10  # samples a column, from which a law of several columns can be fitted
 _SMALLEST = 20  # neighbours that a subset of margins must be able to hold
-
-
-class _Normal(NamedTuple):
-    mean: FloatArray
-    covariance: FloatArray
-    n: int
 
 
 def kl_from_samples(
@@ -72,7 +74,8 @@ def kl_from_samples(
         nats. Nothing is clamped: near zero the estimate may be negative.
 
     Raises:
-        ValueError: NaN or inf, unequal dimensions, n or m at most k, or an unknown method.
+        ValueError: NaN or inf, unequal dimensions, n or m at most k or too small for what is fitted by name, or an
+            unknown method.
 
     Source:
         Wang, Kulkarni and Verdu 2009, equation 5 (neighbours); the surrogate follows the same idea as for mutual
@@ -116,31 +119,37 @@ def kl_from_samples(
     p, q, lines = untied(p, q, seed)
     warnings += lines
     columns = p, q
+    least = min(n, len(q))
     # Whitening by q changes no divergence and makes the max-norm balls fit.
-    shift, root = q.mean(axis=0), _whitener(q)
+    shift, root = q.mean(axis=0), _whitener(q, least >= _FULL * width)
     p, q = (p - shift) @ root, (q - shift) @ root
-    law_p, law_q = _normal(p), _normal(q)
-    closed = gaussian_kl(law_p, law_q)
     # In many columns samples share so many neighbours that more of them make no sharper test.
     ks = [k] if width > FEW_COLUMNS else [k, min(_STEADY * k, n - 1, len(q))]
     local = _local(p, q, ks)
     plain = float(local[:, 0].mean())
-    if method == "plain":
-        warnings += _dimension(width) + small_warning(min(n, len(q)))
+    if method == "plain" or (method == "auto" and least <= width + 2):
+        warnings += _dimension(width) + small_warning(least)
         return _with_neighbours(plain, p, q, k, level, "plain", {}, warnings)
+    if least <= width + 2:
+        raise ValueError(
+            f"kl_from_samples: p_samples and q_samples must hold more than {width + 2} samples each to fit {width} "
+            f"columns, got {n} and {len(q)}. Collect more, or use method='plain'."
+        )
+    law_p, law_q = fit_normal(p), fit_normal(q)
+    closed = gaussian_kl(law_p, law_q)
     rng = np.random.default_rng(seed)
 
     def missed_by_neighbours() -> FloatArray:
-        drawn_p, drawn_q = _draw(law_p, rng, n), _draw(law_q, rng, len(q))
-        return np.asarray(_local(drawn_p, drawn_q, [k]) - _log_ratio(drawn_p, law_p, law_q)[:, None])
+        drawn_p, drawn_q = draw_normal(law_p, rng, n), draw_normal(law_q, rng, len(q))
+        return np.asarray(_local(drawn_p, drawn_q, [k]) - normal_log_ratio(drawn_p, law_p, law_q)[:, None])
 
-    normal = _looks_normal(p, law_p) and _looks_normal(q, law_q)
-    ratio_data = _log_ratio(p, law_p, law_q)
+    normal = looks_normal(p, law_p) and looks_normal(q, law_q)
+    ratio_data = normal_log_ratio(p, law_p, law_q)
     missed, accepted = _missed(local[:, :1] - ratio_data[:, None], missed_by_neighbours, len(q), closed)
     surrogate = float(ratio_data.mean()) + missed
     candidates = {"plain": plain, "gaussian": closed, "surrogate": surrogate}
     if method == "gaussian" or (method == "auto" and normal and accepted):
-        low, high, error = _closed_interval(closed, law_p, law_q, level)
+        low, high, error = closed_interval(closed, law_p, law_q, level)
         return Estimate(
             closed, low, high, method="gaussian", n=n, samples=ratio_data, candidates=candidates, warnings=warnings,
             level=level, std_error=error,
@@ -151,6 +160,12 @@ def kl_from_samples(
             "hold what it missed",
         )
         return _with_neighbours(surrogate, p, q, k, level, "surrogate", candidates, warnings)
+    if method == "auto" and least < _FULL * width:
+        warnings += (
+            f"dimension: {least} samples are too few to fit laws of {width} columns; nearest neighbours without a "
+            "correction are given, and the interval does not hold their bias",
+        )
+        return _with_neighbours(plain, p, q, k, level, "plain", candidates, warnings)
     return _by_margins(columns, (shift, root), local, (method, ks, level), rng, candidates, warnings)
 
 
@@ -270,53 +285,6 @@ def _by_margins(
     )  # fmt: skip
 
 
-def gaussian_kl(p: Any, q: Any) -> float:
-    """KL between two normal laws whose moments were estimated, less the expected bias of the estimates."""
-    width, n, m = len(p.mean), p.n, q.n
-    value = 0.5 * (
-        _trace_ratio(p.covariance, q.covariance, m) - width + _log_det(q.covariance, m) - _log_det(p.covariance, n)
-    )
-    gap = p.mean - q.mean
-    factor = (m - width - 2) / (m - 1)
-    noise = width / n * float(np.trace(np.linalg.solve(q.covariance, p.covariance))) * factor / width + width / m
-    return float(value + 0.5 * (factor * gap @ np.linalg.solve(q.covariance, gap) - noise))
-
-
-def _trace_ratio(p: FloatArray, q: FloatArray, m: int) -> float:
-    """Trace of q^-1 p with the inverse-Wishart bias of the estimated inverse taken out."""
-    return float((m - len(q) - 2) / (m - 1) * np.trace(np.linalg.solve(q, p)))
-
-
-def _log_det(covariance: FloatArray, n: int) -> float:
-    """Log-determinant of the true covariance behind an estimate from n samples, unbiased."""
-    width = len(covariance)
-    bias = digamma((n - np.arange(1, width + 1)) / 2) + math.log(2.0 / (n - 1))
-    return float(np.linalg.slogdet(covariance)[1] - bias.sum())
-
-
-def _normal(x: FloatArray) -> _Normal:
-    return _Normal(x.mean(axis=0), np.atleast_2d(np.cov(x.T)), len(x))
-
-
-def _draw(law: _Normal, rng: np.random.Generator, n: int) -> FloatArray:
-    return np.asarray(law.mean + rng.normal(size=(n, len(law.mean))) @ _root(law.covariance).T)
-
-
-def _root(covariance: FloatArray) -> FloatArray:
-    """Cholesky's. Eigenvectors of what is whitened already turn with its rounding, and what is drawn by them too."""
-    floor = _FLAT**2 * max(float(np.diag(covariance).max()), 1e-300)
-    return np.asarray(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))), dtype=np.float64)
-
-
-def _log_ratio(x: FloatArray, p: _Normal, q: _Normal) -> FloatArray:
-    result = np.zeros(len(x))
-    for law, sign in ((p, 1.0), (q, -1.0)):
-        centred = x - law.mean
-        distance = np.einsum("nd,nd->n", centred @ np.linalg.inv(law.covariance), centred)
-        result -= sign * 0.5 * (distance + np.linalg.slogdet(law.covariance)[1])
-    return result
-
-
 def _local(p: FloatArray, q: FloatArray, ks: list[int]) -> FloatArray:
     """Return d log(nu / rho) + log(m / (n - 1)), (n, len(ks)): distance to the k-th sample of q over that within p."""
     own = np.maximum(kth_distances(p, ks), 1e-300)
@@ -324,41 +292,14 @@ def _local(p: FloatArray, q: FloatArray, ks: list[int]) -> FloatArray:
     return np.asarray(p.shape[1] * (np.log(other) - np.log(own)) + math.log(len(q) / (len(p) - 1)))
 
 
-def _whitener(x: FloatArray) -> FloatArray:
+def _whitener(x: FloatArray, whole: bool) -> FloatArray:
+    """Undo the covariance, or the spread of each column where samples are too few to know more of it."""
+    if not whole:
+        return np.diag(1.0 / x.std(axis=0))
     values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x.T)))
     floor = max(float(values[-1]), 1e-300) * 1e-12
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
     return np.asarray(vectors * np.sign(largest) / np.sqrt(np.maximum(values, floor)))
-
-
-def _looks_normal(x: FloatArray, law: _Normal) -> bool:
-    """Mardia's kurtosis and the third and fourth moments of each whitened column."""
-    n, width = x.shape
-    z = np.linalg.solve(_root(law.covariance), (x - law.mean).T).T
-    radius = (z**2).sum(axis=1)
-    kurtosis = abs(float((radius**2).mean()) - width * (width + 2)) / math.sqrt(8 * width * (width + 2) / n)
-    skew = np.abs((z**3).mean(axis=0)).max() / math.sqrt(6.0 / n)
-    tails = np.abs((z**4).mean(axis=0) - 3).max() / math.sqrt(24.0 / n)
-    limit = 2.8 + 0.5 * math.log(width)
-    return bool(kurtosis < limit and skew < limit and tails < limit + 0.2)
-
-
-def _closed_interval(value: float, p: _Normal, q: _Normal, level: float) -> tuple[float, float, float]:
-    """Interval of the closed form: the delta method on both means and covariances, and chi-squares at equal laws."""
-    inverse_q = np.linalg.inv(q.covariance)
-    gap = p.mean - q.mean
-    slope_mean = inverse_q @ gap
-    slope_p = 0.5 * (inverse_q - np.linalg.inv(p.covariance))
-    slope_q = 0.5 * (inverse_q - inverse_q @ (p.covariance + np.outer(gap, gap)) @ inverse_q)
-    variance = slope_mean @ p.covariance @ slope_mean / p.n + slope_mean @ q.covariance @ slope_mean / q.n
-    for derivative, law in ((slope_p, p), (slope_q, q)):
-        moved = derivative @ law.covariance
-        variance += 2.0 * float(np.trace(moved @ moved)) / law.n
-    width, sizes = len(p.mean), 1 / p.n + 1 / q.n
-    volume_p, volume_q = (float(np.linalg.slogdet(law.covariance)[1]) for law in (p, q))
-    plugin = 0.5 * (float(np.trace(inverse_q @ p.covariance) + gap @ slope_mean) - width + volume_q - volume_p)
-    slope = float(variance) / plugin if plugin > 1e-9 else 2.0 * sizes
-    return inverted_interval(value, slope, 0.25 * width * (width + 3) * sizes**2, level)
 
 
 def _dimension(width: int) -> tuple[str, ...]:
