@@ -43,26 +43,27 @@ def test_query_chunks_do_not_show(monkeypatch):
     torch.testing.assert_close(AttentionPooledKey()(image), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("balance", [False, True])
-def test_padding_equals_cutting(balance):
+def test_a_key_depends_on_its_own_kept_rows_to_the_last_bit(balance, dtype):
     key = AttentionPooledKey(balance=balance)
-    image, text = torch.randn(2, 9, 6), torch.randn(2, 4, 6)
-    image_mask, text_mask = torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
-    image_mask[1, 6:], text_mask[1, [0, 2]] = False, False
+    image, text = torch.randn(20, 150, 48).to(dtype), torch.randn(20, 31, 48).to(dtype)
+    image_mask, text_mask = torch.rand(20, 150) < 0.8, torch.rand(20, 31) < 0.5
+    text_mask[3] = False
     found = key(image, text, image_mask, text_mask)
-    alone = key(image[1:, :6], text[1:, [1, 3]])
-    torch.testing.assert_close(found[1], alone[0], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found[0], key(image[:1], text[:1])[0], atol=1e-6, rtol=1e-5)
-    image[1, 6:], text[1, [0, 2]] = 1e4, float("nan")
+    for row in range(20):
+        kept, words = image[row, image_mask[row]][None], text[row, text_mask[row]][None]
+        assert torch.equal(key(kept, words if row != 3 else None)[0], found[row])
+    image[~image_mask], text[~text_mask] = 1e4, float("nan")
     assert torch.equal(key(image, text, image_mask, text_mask), found)
 
 
-def test_rows_are_independent_to_the_last_bit():
-    key = AttentionPooledKey()
-    image, text = torch.randn(5, 9, 16), torch.randn(5, 4, 16)
-    whole = key(image, text)
-    image[1:], text[1:] = 3.0, -1.0
-    assert torch.equal(key(image, text)[0], whole[0])
+def test_a_sample_that_keeps_nothing_is_zero():
+    nothing = torch.tensor([[True] * 4, [False] * 4])
+    found = AttentionPooledKey(balance=True)(torch.randn(2, 4, 8), torch.randn(2, 4, 8), nothing, nothing)
+    assert found[1].tolist() == [0.0] * 8
+    assert found[0].norm() > 0
+    assert AttentionPooledKey()(torch.randn(0, 4, 8)).shape == (0, 8)
 
 
 def test_balance_gives_each_modality_an_equal_say():
@@ -118,3 +119,5 @@ def test_bad_input(args, message):
 def test_bad_alpha():
     with pytest.raises(ValueError, match=r"alpha must be within \[0, 1\], got 1.5"):
         AttentionPooledKey(1.5)
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        AttentionPooledKey(scale=float("nan"))
