@@ -228,11 +228,7 @@ class Measurement:
             record._replace(image=seen[pair.image], text=caption_bytes([pair.caption])[0][0], patches=record.image)
             for record, pair in zip(self.records()[:MAX_PIXEL_RECORDS], self.held_out, strict=False)
         ]
-        return flat(
-            compressor_diagnostics(
-                lambda image, text, _, mask: folded(image, text, mask), records, batch_size=4, seed=seed
-            )
-        )
+        return flat(compressor_diagnostics(folded, records, batch_size=4, seed=seed))
 
     def row(self, compressor: PerceiverCompressor, seed: int, *, hide: bool = False) -> Row:
         def values(image: Tensor, text: Tensor, mask: Tensor, kept: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def pixel_side(side: str) -> None:
         del model, pixels
 
         def run() -> torch.Tensor:
-            return encoder(image, ids, mask)
+            return encoder(image, ids, text_mask=mask)
 
     built = time.perf_counter() - start
     with torch.inference_mode():

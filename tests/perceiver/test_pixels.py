@@ -8,14 +8,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PerceiverConfig, PerceiverModel, PerceiverTokenizer
+from transformers import PerceiverConfig, PerceiverModel, PerceiverTokenizer, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.perceiver.modeling_perceiver import (
     PerceiverImagePreprocessor,
     PerceiverMultimodalPreprocessor,
     PerceiverTextPreprocessor,
 )
 
-from tinyalign.perceiver import FoldedPixelPerceiver, PerceiverEncoder, PixelPerceiver, caption_bytes
+from tinyalign.models import PairEncoder
+from tinyalign.perceiver import (
+    CompressorRecord,
+    FoldedPixelPerceiver,
+    PerceiverCompressor,
+    PerceiverEncoder,
+    PixelPerceiver,
+    caption_bytes,
+    compressor_diagnostics,
+)
 from tinyalign.perceiver.layers import PerceiverLayer
 from tinyalign.perceiver.pixels import CaptionTokens
 
@@ -84,8 +93,8 @@ def test_both_forms_equal_transformers(image_size, batch, scale, chunk, captions
     image = torch.randn(batch, 3, image_size, image_size)
     ids, mask = caption_bytes(captions[:batch], 40)
     expected = expected_values(model, image, ids, mask)
-    assert (ours(image, ids, mask) - expected).abs().max() <= 1e-5
-    assert (FoldedPixelPerceiver(ours, chunk=chunk)(image, ids, mask) - expected).abs().max() <= 1e-5
+    assert (ours(image, ids, text_mask=mask) - expected).abs().max() <= 1e-5
+    assert (FoldedPixelPerceiver(ours, chunk=chunk)(image, ids, text_mask=mask) - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.slow
@@ -97,8 +106,8 @@ def test_both_forms_equal_transformers_at_the_paper_s_size():
     ids, mask = caption_bytes(["a family is sitting down at a table to have cake"])
     expected = expected_values(model, image, ids, mask)
     with torch.no_grad():
-        assert (ours(image, ids, mask) - expected).abs().max() <= 1e-5
-    assert (FoldedPixelPerceiver(ours)(image, ids, mask) - expected).abs().max() <= 1e-5
+        assert (ours(image, ids, text_mask=mask) - expected).abs().max() <= 1e-5
+    assert (FoldedPixelPerceiver(ours)(image, ids, text_mask=mask) - expected).abs().max() <= 1e-5
 
 
 def test_default_sizes_are_the_paper_s():
@@ -121,6 +130,70 @@ def test_an_encoder_that_was_given_keeps_its_weights(seed):
     assert all(torch.equal(a, b) for a, b in zip(pixels.parameters(), again.parameters(), strict=True))
 
 
+def small_pixels(seed=0, **sizes):
+    encoder = PerceiverEncoder(516, **{"num_latents": 4, "num_self_attends": 1, **sizes})
+    pixels = PixelPerceiver(encoder, image_size=4, vocab_size=300, max_text_tokens=16)
+    pixels.reset_parameters(seed)
+    return pixels.eval()
+
+
+def test_weights_travel_to_transformers_strictly():
+    ours = randomise(PixelPerceiver(PerceiverEncoder(516, num_self_attends=2), image_size=4, vocab_size=300), 0.1)
+    theirs = transformers_model(4, max_text=512)
+    theirs.load_state_dict(ours.to_hf_state_dict(), strict=True)
+    image, (ids, mask) = torch.rand(2, 3, 4, 4), caption_bytes(["a red 7", "two"])
+    with torch.no_grad():
+        assert (ours(image, ids, text_mask=mask) - expected_values(theirs, image, ids, mask)).abs().max() <= 1e-5
+    back = PixelPerceiver.from_hf_state_dict(ours.to_hf_state_dict())
+    assert back.fingerprint() == ours.fingerprint()
+
+
+def test_save_then_load_is_the_identity(tmp_path):
+    pixels = randomise(small_pixels(num_blocks=2, num_heads=4, latent_dim=24, qk_channels=8, v_channels=16), 0.1)
+    pixels.save_pretrained(tmp_path / "pixels")
+    loaded = PixelPerceiver.from_pretrained(tmp_path / "pixels").eval()
+    assert loaded.fingerprint() == pixels.fingerprint()
+    image, (ids, mask) = torch.rand(2, 3, 4, 4), caption_bytes(["a red 7", "two"])
+    assert torch.equal(loaded(image, ids, text_mask=mask), pixels(image, ids, text_mask=mask))
+    with pytest.raises(ValueError, match="must describe class PerceiverCompressor in format 1, got class 'PixelPerc"):
+        PerceiverCompressor.from_pretrained(tmp_path / "pixels")
+
+
+def test_the_fingerprint_sees_weights_heads_and_blocks():
+    kinds = [small_pixels(), small_pixels(1), small_pixels(num_heads=4), small_pixels(num_blocks=2)]
+    for module in (kinds, [FoldedPixelPerceiver(pixels) for pixels in kinds]):
+        assert len({part.fingerprint() for part in module}) == 4
+        assert copy.deepcopy(module[0]).fingerprint() == module[0].fingerprint()
+    assert FoldedPixelPerceiver(kinds[0]).fingerprint() == FoldedPixelPerceiver(small_pixels()).fingerprint()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_library_calls_it_as_any_compressor(fold):
+    pixels = FoldedPixelPerceiver(small_pixels()) if fold else small_pixels()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 3, 4, 4, generator=generator)
+    captions = [" ".join(word for i, word in enumerate(("red", "two", "dog")) if n >> i & 1) for n in range(60)]
+    texts, mask = caption_bytes(captions, 16)
+    records = [
+        CompressorRecord(image, text[kept], words=caption.split(), patches=image.flatten(1).T)
+        for image, text, kept, caption in zip(images, texts, mask, captions, strict=True)
+    ]
+    assert compressor_diagnostics(pixels, records, min_count=2).num_words == 3
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tower = SiglipVisionModel(SiglipVisionConfig(image_size=4, patch_size=2, **size))
+    pair = PairEncoder(tower, pixels, torch.nn.Identity())
+    value = pair.value(images, texts, text_mask=mask)
+    assert torch.equal(value, pixels(images, texts, None, mask))
+    everything = torch.ones(60, 9, dtype=torch.bool)
+    assert torch.equal(pixels(images, texts, everything, mask), value)
+    with pytest.raises(ValueError, match="image_mask must keep everything, got 60 places hidden"):
+        pixels(images, texts, everything & (torch.arange(9) > 0), mask)
+    with pytest.raises(ValueError, match=r"image_mask must have shape \(60, 9\), got \(59, 9\)"):
+        pixels(images, texts, everything[1:], mask)
+    with pytest.raises(TypeError, match="image_mask must be boolean"):
+        pixels(images, texts, everything.float(), mask)
+
+
 def test_the_algebra_holds_for_extreme_pixels():
     """In float64, where what is left is algebra and not rounding."""
     pixels = PixelPerceiver(PerceiverEncoder(516, num_latents=4, num_self_attends=0), image_size=6)
@@ -141,11 +214,11 @@ def test_text_of_any_kind_folds():
         for kind in (torch.uint8, torch.int32):
             torch.testing.assert_close(folded(image, ids.to(kind)), pixels(image, ids.to(kind)))
         for kept in (None, mask[:, :0]):  # captions of no length are no captions
-            torch.testing.assert_close(folded(image, ids[:, :0], kept), pixels(image))
-            torch.testing.assert_close(pixels(image, ids[:, :0], kept), pixels(image))
+            torch.testing.assert_close(folded(image, ids[:, :0], text_mask=kept), pixels(image))
+            torch.testing.assert_close(pixels(image, ids[:, :0], text_mask=kept), pixels(image))
         empty = torch.zeros_like(mask)
-        torch.testing.assert_close(folded(image, ids - 100, empty), pixels(image))
-        torch.testing.assert_close(pixels(image, ids - 100, empty), pixels(image))
+        torch.testing.assert_close(folded(image, ids - 100, text_mask=empty), pixels(image))
+        torch.testing.assert_close(pixels(image, ids - 100, text_mask=empty), pixels(image))
 
 
 def test_half_precision_images_run():
@@ -176,9 +249,9 @@ def test_autocast_leaves_the_stream_of_pixels_alone(monkeypatch):
     absorb = PerceiverLayer.absorb
     monkeypatch.setattr(PerceiverLayer, "absorb", lambda *given: mixed.append(given[2]) or absorb(*given))
     image, (ids, mask) = torch.rand(2, 3, 4, 4), caption_bytes(["a", "longer"])
-    folded(image, ids, mask)
+    folded(image, ids, text_mask=mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        folded(image, ids, mask)
+        folded(image, ids, text_mask=mask)
     assert torch.equal(*mixed)
 
 

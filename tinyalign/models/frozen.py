@@ -170,7 +170,8 @@ def pixel_latents(part: FrozenSamples, perceiver: nn.Module, image_processor: An
     for at in range(0, len(part), batch_size):
         samples = part.samples[at : at + batch_size]
         pixels = image_processor(images=[load_image(s.images[0]) for s in samples], return_tensors="pt")["pixel_values"]
-        found.append(perceiver(pixels, *caption_bytes([caption_of(sample) for sample in samples])))
+        ids, mask = caption_bytes([caption_of(sample) for sample in samples])
+        found.append(perceiver(pixels, ids, text_mask=mask))
     return torch.cat(found)
 
 

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
-from tinyalign._files import replace_directory, write_json
+from tinyalign._files import hash_tensors, replace_directory, write_json
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
+    """32 hex digits over the configuration and every weight."""
+    described = json.dumps(config, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(f"{described}|{hash_tensors(module.state_dict())}".encode())
 
 
 def save(module: nn.Module, config: Mapping[str, Any], path: Path) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyalign._attention import pack
 from tinyalign._checks import check_last_dim, check_mask, check_positive
-from tinyalign._files import hash_tensors
 from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
 from tinyalign.perceiver.ids import are_ids, check_ids, may_look
@@ -295,9 +292,7 @@ class PerceiverCompressor(nn.Module):
 
     def fingerprint(self) -> str:
         """32 hex digits over the configuration and every weight; two compressors that agree make the same values."""
-        described = json.dumps(self.config(), sort_keys=True)
-        weights = hash_tensors(self.state_dict())
-        return xxhash.xxh3_128_hexdigest(f"{described}|{weights}".encode())
+        return checkpoint.fingerprint(self, self.config())
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory that is replaced as a whole."""

@@ -120,6 +120,20 @@ class PerceiverEncoder(nn.Module):
                 latents = layer(latents)
         return latents
 
+    def config(self) -> dict[str, int]:
+        """The sizes that it was built with, as plain values."""
+        layer = self.cross_attention
+        return {
+            "input_dim": self.input_dim,
+            "num_latents": self.latents.shape[0],
+            "latent_dim": self.latent_dim,
+            "num_self_attends": len(self.self_attends),
+            "num_blocks": self.num_blocks,
+            "num_heads": layer.num_heads,
+            "qk_channels": layer.query.out_features,
+            "v_channels": layer.value.out_features,
+        }
+
     @classmethod
     def from_hf_state_dict(
         cls,

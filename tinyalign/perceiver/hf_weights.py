@@ -115,3 +115,15 @@ def import_pixels(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     own["pixel_padding"] = own["pixel_padding"].flatten()
     own["caption.padding"] = own["caption.padding"].flatten()
     return own, {name: weight for name, weight in state.items() if name not in present}
+
+
+def export_pixels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our pixel encoder's state dict under transformers' names, in its shapes."""
+    own = {_INPUT + theirs: state[ours] for ours, theirs in _PIXELS.items()}
+    convolution = _INPUT + _PIXELS["pixel_projection.weight"]
+    own[convolution] = own[convolution][:, :, None, None]
+    for ours in ("pixel_padding", "caption.padding"):
+        own[_INPUT + _PIXELS[ours]] = own[_INPUT + _PIXELS[ours]][None]
+    inner = {name.removeprefix("encoder."): weight for name, weight in state.items() if name.startswith("encoder.")}
+    encoder = {f"encoder.{name}": weight for name, weight in export_encoder(inner).items()}
+    return {**own, _MODEL_LATENTS: inner["latents"], **encoder}

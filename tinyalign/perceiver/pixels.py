@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyalign._checks import check_mask, check_positive
-from tinyalign.perceiver import hf_weights
+from tinyalign.perceiver import checkpoint, hf_weights
 from tinyalign.perceiver.encoder import INITIALIZER_RANGE, PerceiverEncoder
 from tinyalign.perceiver.ids import are_ids, check_ids, may_look
 from tinyalign.perceiver.weights import draw_linears, draw_normal
@@ -38,11 +40,12 @@ class PixelPerceiver(nn.Module):
         dtype: dtype of the weights.
 
     Shape:
-        pixel_values: (B, 3, image_size, image_size), float. text: (B, T), long, or None. text_mask: (B, T), bool.
-        returns: (B, L, latent_dim).
+        pixel_values: (B, 3, image_size, image_size), float. text: (B, T), long, or None. image_mask: (B, n), bool, or
+        None. text_mask: (B, T), bool. returns: (B, L, latent_dim).
 
     Raises:
-        ValueError: another image size, a caption longer than the table, captions for another number of images.
+        ValueError: another image size, a caption longer than the table, captions for another number of images, an
+            `image_mask` that hides anything: pixels are read as a whole.
         TypeError: pixels that are integers.
 
     Source:
@@ -54,7 +57,7 @@ class PixelPerceiver(nn.Module):
         >>> encoder = PerceiverEncoder(TOKEN_CHANNELS, num_latents=4, num_self_attends=1)
         >>> pixels = PixelPerceiver(encoder, image_size=8)
         >>> ids, mask = caption_bytes(["a red 7", "two"])
-        >>> pixels(torch.rand(2, 3, 8, 8), ids, mask).shape
+        >>> pixels(torch.rand(2, 3, 8, 8), ids, text_mask=mask).shape
         torch.Size([2, 4, 96])
     """
 
@@ -97,9 +100,15 @@ class PixelPerceiver(nn.Module):
         for table in (self.pixel_positions, self.pixel_padding, *self.caption.parameters()):
             draw_normal(table, INITIALIZER_RANGE, generator)
 
-    def forward(self, pixel_values: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Build all tokens and encode them."""
-        check_inputs("PixelPerceiver.forward", pixel_values, text, self.image_size)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        text: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Build all tokens and encode them; called as `PerceiverCompressor` is."""
+        check_inputs("PixelPerceiver.forward", pixel_values, text, image_mask, self.image_size)
         tokens = self.pixel_tokens(pixel_values)
         mask = None
         if text is not None:
@@ -118,6 +127,43 @@ class PixelPerceiver(nn.Module):
         padding = self.pixel_padding.expand(places.shape[0], -1)
         constant = torch.cat((places, padding), dim=1)
         return torch.cat((colours, constant.expand(colours.shape[0], -1, -1)), dim=2)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values; `encoder` as its sizes."""
+        return {
+            "encoder": self.encoder.config(),
+            "image_size": self.image_size,
+            "vocab_size": self.caption.embedding.num_embeddings,
+            "max_text_tokens": self.caption.positions.shape[0],
+            "dtype": str(self.pixel_padding.dtype).removeprefix("torch."),
+        }
+
+    def fingerprint(self) -> str:
+        """32 hex digits over the configuration and every weight, as `PerceiverCompressor.fingerprint`."""
+        return checkpoint.fingerprint(self, self.config())
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a directory that is replaced as a whole."""
+        checkpoint.save(self, self.config(), Path(path))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str | None = None) -> PixelPerceiver:
+        """Load what `save_pretrained` wrote, strictly.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: another class or format, a damaged file, or weights whose names or shapes do not fit.
+        """
+        names = {"encoder", "image_size", "vocab_size", "max_text_tokens", "dtype"}
+        config = checkpoint.load_config(cls.__name__, Path(path), names)
+        encoder = PerceiverEncoder(**config.pop("encoder"), device=device, dtype=config["dtype"])
+        pixels = cls(encoder, **config, device=device)
+        checkpoint.load_weights(pixels, Path(path))
+        return pixels
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """Weights under the names of the transformers model named under Source, which loads them strictly."""
+        return hf_weights.export_pixels(self.state_dict())
 
     @classmethod
     def from_hf_state_dict(
@@ -229,7 +275,9 @@ def caption_bytes(captions: Sequence[str], max_tokens: int = 512) -> tuple[Tenso
     return ids, mask
 
 
-def check_inputs(where: str, pixel_values: Tensor, text: Tensor | None, image_size: int) -> None:
+def check_inputs(
+    where: str, pixel_values: Tensor, text: Tensor | None, image_mask: Tensor | None, image_size: int
+) -> None:
     """Raise unless the images have three channels and the size of the positions, and a caption belongs to each."""
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, image_size, image_size):
         raise ValueError(
@@ -245,3 +293,10 @@ def check_inputs(where: str, pixel_values: Tensor, text: Tensor | None, image_si
             f"{where}: text must have the batch of pixel_values, got {tuple(text.shape)} and {pixel_values.shape[0]} "
             "images. Pass one caption per image, masked where there is none."
         )
+    if image_mask is not None:
+        check_mask(where, "image_mask", image_mask, (pixel_values.shape[0], image_mask.shape[-1]))
+        if may_look(image_mask, training=False) and not bool(image_mask.all()):
+            raise ValueError(
+                f"{where}: image_mask must keep everything, got {int((~image_mask).sum())} places hidden. Pixels are "
+                "read as a whole; the caption's mask is text_mask."
+            )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyalign._attention import without_autocast
+from tinyalign.perceiver import checkpoint
 from tinyalign.perceiver.layers import PerceiverLayer, split_heads
 from tinyalign.perceiver.pixels import PIXEL_CHANNELS, TOKEN_CHANNELS, PixelPerceiver, check_inputs
 
@@ -29,11 +30,12 @@ class FoldedPixelPerceiver(nn.Module):
         chunk: places handled at a time; bounds the memory.
 
     Shape:
-        pixel_values: (B, 3, image_size, image_size). text: (B, T), long, or None. text_mask: (B, T), bool.
-        returns: (B, L, latent_dim).
+        pixel_values: (B, 3, image_size, image_size). text: (B, T), long, or None. image_mask: (B, n), bool, or None.
+        text_mask: (B, T), bool. returns: (B, L, latent_dim).
 
     Raises:
-        ValueError: another image size, a caption longer than the table, captions for another number of images.
+        ValueError: another image size, a caption longer than the table, captions for another number of images, an
+            `image_mask` that hides anything.
         TypeError: pixels that are integers.
 
     Source:
@@ -71,9 +73,15 @@ class FoldedPixelPerceiver(nn.Module):
                 self.register_buffer(name, constant)
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        text: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
         """Stream the pixels, add the caption's tokens, then go on as the encoder does."""
-        check_inputs("FoldedPixelPerceiver.forward", pixel_values, text, self.image_size)
+        check_inputs("FoldedPixelPerceiver.forward", pixel_values, text, image_mask, self.image_size)
         layer, batch = self.encoder.cross_attention, pixel_values.shape[0]
         wide = _wide(self.queries)
         queries, pixels = self.queries.to(wide), pixel_values.to(wide).flatten(2)  # pixels: (B, 3, places)
@@ -87,6 +95,11 @@ class FoldedPixelPerceiver(nn.Module):
                 running = running.add(queries, *self._text_keys_and_values(words), text_mask)
             mixed = (running.total / running.weight + self.value_bias).to(self.encoder.latents.dtype)
         return self.encoder.refine(layer.absorb(self.encoder.latents.unsqueeze(0), mixed))
+
+    def fingerprint(self) -> str:
+        """32 hex digits over sizes, constants and weights; others than those of the `PixelPerceiver` behind them."""
+        config = {"folded": True, "image_size": self.image_size, "encoder": self.encoder.config()}
+        return checkpoint.fingerprint(self, config)
 
     def _keys_and_values(self, colours: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, n, channels) of the places from `start` to `stop`, without their biases."""
