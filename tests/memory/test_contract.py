@@ -177,6 +177,14 @@ def test_lists_and_arrays_do_as_well_as_tensors(filled):
     assert mask.tolist() == [True, False]
 
 
+def test_exclusions_may_be_given_by_place(filled):
+    bank, keys, _ = filled
+    ids, groups = [[100], [], [102]], [[], [40], [50, 51]]
+    expected = bank.neighbours(keys[:3], 4, exclude_ids=ids, exclude_groups=groups)
+    assert torch.equal(bank.search(keys[:3], 4, ids, groups).ids, expected.ids)
+    assert torch.equal(bank.neighbours(keys[:3], 4, ids, groups).ids, expected.ids)
+
+
 def test_keys_and_queries_as_they_are_compared(filled):
     bank, keys, _ = filled
     assert torch.equal(bank.keys(), bank.keys(bank.ids))

@@ -20,7 +20,8 @@ def made(tmp_path_factory):
     bank = MemoryBank(4, (1, 2), fingerprint={"key.a": 1})
     bank.add(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.ones(9, 1, 2))
     path = tmp_path_factory.mktemp("table") / "table"
-    precompute_neighbours(bank, bank.keys(), k=3, exclude_ids=bank.ids, sample_ids=bank.ids, path=path)
+    hidden = {"exclude_ids": bank.ids, "exclude_groups": bank.groups}
+    precompute_neighbours(bank, bank.keys(), k=3, sample_ids=bank.ids, path=path, **hidden)
     return bank, path
 
 

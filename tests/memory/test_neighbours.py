@@ -168,6 +168,8 @@ def test_what_is_damaged_is_named(random_bank, tmp_path):
         ({"version": 9}, "must have version 1, got 9"),
         ({"rows": -1}, "must have a count 'rows', got -1"),
         ({"format": "x"}, "got something else"),
+        ({"fingerprint": [1]}, "must hold a fingerprint of fields, got none"),
+        ({"fingerprint": {"key.a": []}}, "must hold plain fields, got another"),
     ]:
         (path / "table.json").write_text(json.dumps({**facts, **change}))
         with pytest.raises(BankError, match=message):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign.memory.errors import BankCorruptedError, BankError
+from tinyalign.memory.fingerprint import checked_fingerprint
 from tinyalign.memory.manifest import BLOCK_BYTES, LARGEST_COUNT, LARGEST_MANIFEST
 
 
@@ -37,6 +38,10 @@ def read_facts(
         raise BankCorruptedError(f"{where}: {path} must name {sorted(missing)[0]!r}, got nothing. Make it anew.")
     if not isinstance(facts["fingerprint"], dict):
         raise BankCorruptedError(f"{where}: {path} must hold a fingerprint of fields, got none. Make it anew.")
+    try:
+        checked_fingerprint(facts["fingerprint"], where)
+    except TypeError as error:
+        raise BankCorruptedError(f"{where}: {path} must hold plain fields, got another. Make it anew.") from error
     for name in files:
         entry = facts["files"].get(name) if isinstance(facts["files"], dict) else None
         if not _is_entry(entry):
