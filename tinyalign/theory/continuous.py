@@ -19,6 +19,7 @@ from tinyalign.theory.copula import EllipticalCopula, canonical_variates, fit_ga
 from tinyalign.theory.divergence import PLANE_KS, THIN, Divergence, Search, extrapolated, plane_divergence
 from tinyalign.theory.entropies import duplicate_warnings
 from tinyalign.theory.estimate import Estimate
+from tinyalign.theory.hidden import hidden_columns, hidden_direction
 from tinyalign.theory.intervals import information_interval
 from tinyalign.theory.neighbours import SHARED
 from tinyalign.theory.smooth import rank_departure, smooth_test, squares_departure
@@ -26,6 +27,7 @@ from tinyalign.theory.smooth import rank_departure, smooth_test, squares_departu
 __all__ = ["continuous_information"]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 _FEW = 500  # samples below which weak noise with edges, or weak skew, passes for a normal law
 _WHOLE = 16  # columns up to which neighbours are searched in all of them
 _PAIRS = 3  # leading canonical pairs beyond that
@@ -56,7 +58,8 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
     """
     n = len(x)
     warnings = duplicate_warnings(x, "x") + duplicate_warnings(y, "y")
-    x, y = x[:, np.ptp(x, axis=0) > 0], y[:, np.ptp(y, axis=0) > 0]
+    numbers = [np.flatnonzero(np.ptp(side, axis=0) > 0) for side in (x, y)]
+    x, y = x[:, numbers[0]], y[:, numbers[1]]
     if not x.shape[1] or not y.shape[1]:
         return Estimate(0.0, 0.0, 0.0, method="constant", n=n, warnings=warnings, level=level)
     scores = normal_scores(x), normal_scores(y)
@@ -64,6 +67,7 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
     copies = x.shape[1] + y.shape[1] - len(kept[0]) - len(kept[1])
     if copies:
         x, y, scores = x[:, kept[0]], y[:, kept[1]], (scores[0][:, kept[0]], scores[1][:, kept[1]])
+        numbers = [side[columns] for side, columns in zip(numbers, kept, strict=True)]
         warnings += (f"copies: {copies} columns are functions of others on their side and were left out",)
     gaussian = _fitted(x, y, scores)
     strongest = float(gaussian.leading(1).correlation[0, 1])
@@ -98,7 +102,11 @@ def continuous_information(x: FloatArray, y: FloatArray, *, level: float = 0.95,
             return _pairwise(found, laws["student"]) if wide else found
         if not moments.turned and (moments.fits or wide) and _holds(gaussian, checks["copula"]):
             found = _parametric(gaussian, "copula", candidates, warnings, level)
-            return _pairwise(found, gaussian, doubted=not moments.fits) if wide else found
+            if not wide:
+                return found
+            found = _pairwise(found, gaussian, doubted=not moments.fits)
+            turned = not np.array_equal(gaussian.points[:, 0], scores[0][:, 0])
+            return _with_hidden(found, gaussian, None if turned else numbers)
     return _corrected(gaussian, checks["copula"], candidates, warnings, level)
 
 
@@ -172,7 +180,7 @@ def _parametric(
         if doubted:
             warnings += (
                 f"law: squares of a column of x and one of y move together by {departure:.1f} standard errors beyond "
-                "the copula, in more columns than neighbours can search; what they share is not in the value",
+                "the copula, in more columns than neighbours can search; what they share may not be in the value",
             )
     return Estimate(
         value,
@@ -223,16 +231,45 @@ def _pairwise(found: Estimate, law: EllipticalCopula, *, doubted: bool = False) 
             errors.append(error)
     if not errors and not doubted:
         return found
-    error = math.hypot(found.std_error, *errors)
-    value, half = found.value + added, float(ndtri(0.5 + found.level / 2)) * error
     line = (
         f"bias: the leading canonical pairs are not those of an elliptical copula; nearest neighbours in their planes "
         f"added {added:+.3f} nats, and what the other columns hold is taken as elliptical"
     )
+    return _raised(found, added, errors, line)
+
+
+def _raised(found: Estimate, added: float, errors: list[float], *lines: str) -> Estimate:
+    error = math.hypot(found.std_error, *errors)
+    value, half = found.value + added, float(ndtri(0.5 + found.level / 2)) * error
     return replace(
         found, value=value, low=value - half, high=value + half, std_error=error, method="surrogate", samples=None,
-        candidates={**found.candidates, "surrogate": value}, warnings=(*found.warnings, line),
+        candidates={**found.candidates, "surrogate": value}, warnings=(*found.warnings, *lines),
     )  # fmt: skip
+
+
+def _with_hidden(found: Estimate, law: EllipticalCopula, numbers: list[IntArray] | None) -> Estimate:
+    """Add what single columns, or one direction a side, hold beyond the law, where nothing was added before."""
+    seen = [hidden for hidden in (hidden_columns(law, numbers), hidden_direction(law)) if hidden is not None]
+    if not seen:
+        return found
+    if found.value != found.candidates["copula"]:
+        lines = [f"law: {hidden.said}; this may be in the value only in part" for hidden in seen]
+        return replace(found, warnings=(*found.warnings, *lines))
+    added, errors = 0.0, []
+    for hidden in seen:
+        measured = [plane_divergence(fit_gaussian(normal_scores(plane), 1), 0) for plane in hidden.planes]
+        clear = [(value, error) for value, error, sure in measured if sure > _DOUBTED]
+        total = sum(value for value, _ in clear)
+        if total > added:
+            added, errors = total, [error for _, error in clear]
+    lines = [
+        f"law: {hidden.said}; nearest neighbours in such planes added {added:+.3f} nats in all, and what else is bound "
+        "otherwise than by the copula is not in the value"
+        for hidden in seen
+    ]
+    if not errors:
+        return replace(found, warnings=(*found.warnings, *lines))
+    return _raised(found, added, errors, *lines)
 
 
 def _corrected(
