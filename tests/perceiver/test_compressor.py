@@ -256,6 +256,16 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"image_mean must be torch.float32 of shape \(13,\), got .* shape \(12,\)"):
         PerceiverCompressor.from_pretrained(folder)
     edited()
+    whole = (folder / "model.safetensors").read_bytes()
+    for length in (0, 5, len(whole) // 2):
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"compressor/model.safetensors must be a whole safetensors file, got \w+"):
+            PerceiverCompressor.from_pretrained(folder)
+    for text in ("", json.dumps(config)[:-9], "[1, 2]", "3"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"compressor/config.json must be a JSON object, got .+ copy it"):
+            PerceiverCompressor.from_pretrained(folder)
+    edited()
     del weights["encoder.latents"]
     save_file({**weights, "stray": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['encoder.latents'\] and unexpected \['stray'\]"):

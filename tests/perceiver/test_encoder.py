@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PerceiverConfig, PerceiverModel
+from transformers import PerceiverConfig, PerceiverForMaskedLM, PerceiverModel
 from transformers.models.perceiver.modeling_perceiver import PerceiverEncoder as HFEncoder
 
 from tinyalign.perceiver import PerceiverEncoder
@@ -198,6 +198,22 @@ def test_wrong_inputs_are_refused():
         encoder(torch.zeros(2, 5, 8), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask must be boolean with True = keep, got torch.float32"):
         encoder(torch.zeros(2, 5, 8), torch.ones(2, 5))
+
+
+def test_the_weights_of_a_model_with_a_head_load():
+    theirs = randomise(PerceiverForMaskedLM(hf_config(5, 16, 24, 1, 1, 4)), 0)
+    ours = PerceiverEncoder.from_hf_state_dict(theirs.state_dict(), num_heads=4)
+    inputs = torch.randn(2, 9, 24)
+    expected = hf_forward(theirs.perceiver.encoder, theirs.perceiver.embeddings.latents, inputs, None)
+    assert (ours(inputs) - expected).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("name", ["self_attends.0.attention.self.query.weight", "cross_attention.mlp.dense2.bias"])
+def test_a_weight_of_another_shape_is_named(name):
+    state = HFEncoder(hf_config(5, 16, 24, 1, 1, 4), kv_dim=24).state_dict()
+    state[name] = torch.zeros(3, *state[name].shape[1:])
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(16,.* beside the other weights, got \(3,"):
+        PerceiverEncoder.from_hf_state_dict(state, latents=torch.zeros(5, 16), num_heads=4)
 
 
 def test_a_foreign_state_dict_is_refused_by_name():

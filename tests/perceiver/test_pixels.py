@@ -148,6 +148,13 @@ def test_weights_travel_to_transformers_strictly():
     assert back.fingerprint() == ours.fingerprint()
 
 
+def test_an_input_weight_of_another_shape_is_named():
+    state = small_pixels().to_hf_state_dict()
+    state["input_preprocessor.padding.image"] = torch.zeros(1, 5)
+    with pytest.raises(ValueError, match=r"padding.image must have shape \(1, 4\) .* got \(1, 5\)"):
+        PixelPerceiver.from_hf_state_dict(state)
+
+
 def test_save_then_load_is_the_identity(tmp_path):
     pixels = randomise(small_pixels(num_blocks=2, num_heads=4, latent_dim=24, qk_channels=8, v_channels=16), 0.1)
     pixels.save_pretrained(tmp_path / "pixels")

@@ -43,7 +43,12 @@ def load_config(class_name: str, path: Path, names: Set[str]) -> dict[str, Any]:
                 f"{where}: path must hold {CONFIG_NAME} and {WEIGHTS_NAME}, got no {name} in {path}. Pass the folder "
                 "that save_pretrained wrote."
             )
-    config: dict[str, Any] = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = dict(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{where}: {path / CONFIG_NAME} must be a JSON object, got {error}. The file is damaged: copy it again."
+        ) from error
     found = (config.pop("class", None), config.pop("format", None))
     if found != (class_name, FORMAT):
         raise ValueError(
@@ -65,10 +70,17 @@ def load_config(class_name: str, path: Path, names: Set[str]) -> dict[str, Any]:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill the module strictly: every name, and every shape and dtype."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     where = f"{type(module).__name__}.from_pretrained"
-    stored, own = load_file(path / WEIGHTS_NAME), module.state_dict()
+    try:
+        stored, own = load_file(path / WEIGHTS_NAME), module.state_dict()
+    except SafetensorError as error:
+        raise ValueError(
+            f"{where}: {path / WEIGHTS_NAME} must be a whole safetensors file, got {error}. The file is damaged: copy "
+            "it again."
+        ) from error
     missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(

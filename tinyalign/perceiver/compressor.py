@@ -304,7 +304,7 @@ class PerceiverCompressor(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another class or format, or weights whose names or shapes do not fit.
+            ValueError: another class or format, a damaged file, or weights whose names or shapes do not fit.
         """
         names = {"image_dim", "vocab_size", "text_dim", "sizes", "fusion", "seed", "dtype"}
         config = checkpoint.load_config(cls.__name__, Path(path), names)

@@ -143,12 +143,12 @@ class PerceiverEncoder(nn.Module):
         num_heads: int = 8,
         num_blocks: int = 1,
     ) -> PerceiverEncoder:
-        """Build an encoder from the weights of transformers' ``PerceiverEncoder`` or ``PerceiverModel``.
+        """Build an encoder from the weights of transformers' ``PerceiverEncoder``, ``PerceiverModel`` or what holds one.
 
         All sizes are read off the tensors, except the two that leave no trace in them.
 
         Args:
-            state: state dict. That of a ``PerceiverModel`` carries the latents; that of a bare encoder does not.
+            state: state dict. That of a whole model carries the latents; that of a bare encoder does not.
             latents: (L, latent_dim), needed with the state dict of a bare encoder.
             num_heads: heads of both kinds of attention.
             num_blocks: how often the block is applied.
@@ -159,6 +159,8 @@ class PerceiverEncoder(nn.Module):
         sizes, own = hf_weights.import_encoder(state, latents)
         first = next(iter(own.values()))
         encoder = cls(**sizes, num_heads=num_heads, num_blocks=num_blocks, device="meta", dtype=first.dtype)
+        where = "PerceiverEncoder.from_hf_state_dict"
+        hf_weights.check_shapes(where, hf_weights.export_encoder(own), encoder.to_hf_state_dict())
         encoder.load_state_dict({name: tensor.detach().clone() for name, tensor in own.items()}, assign=True)
         return encoder.requires_grad_(True)
 

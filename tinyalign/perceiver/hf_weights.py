@@ -33,9 +33,21 @@ def export_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def check_shapes(where: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise, under transformers' name, for the first weight that does not fit the sizes read off the others."""
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where}: {name} must have shape {tuple(tensor.shape)} beside the other weights, got "
+                f"{tuple(given[name].shape)}. Pass the state dict of one model, unchanged."
+            )
+
+
 def import_encoder(state: Mapping[str, Tensor], latents: Tensor | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Transformers' state dict to (sizes of our encoder, our state dict), every name accounted for."""
     where = "PerceiverEncoder.from_hf_state_dict"
+    if any(name.startswith("perceiver.encoder.") for name in state):  # of a model with a head
+        state = {name.removeprefix("perceiver."): t for name, t in state.items() if name.startswith("perceiver.")}
     if any(name.startswith("encoder.") for name in state):
         latents = state[_MODEL_LATENTS] if latents is None and _MODEL_LATENTS in state else latents
         state = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}

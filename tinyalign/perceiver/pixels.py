@@ -172,7 +172,7 @@ class PixelPerceiver(nn.Module):
         """Build from the weights of the transformers model named under Source.
 
         Raises:
-            ValueError: names missing or unexpected.
+            ValueError: names missing, unexpected or of another shape.
         """
         state, rest = hf_weights.import_pixels(state)
         encoder = PerceiverEncoder.from_hf_state_dict(rest, num_heads=num_heads, num_blocks=num_blocks)
@@ -186,6 +186,8 @@ class PixelPerceiver(nn.Module):
             device="meta",
         )
         own = {**{f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}, **state}
+        where = "PixelPerceiver.from_hf_state_dict"
+        hf_weights.check_shapes(where, hf_weights.export_pixels(own), pixels.to_hf_state_dict())
         pixels.load_state_dict({name: weight.detach().clone() for name, weight in own.items()}, assign=True)
         return pixels.requires_grad_(True)
 
