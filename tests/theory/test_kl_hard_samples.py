@@ -35,6 +35,9 @@ def test_a_tail_is_carried_on_only_where_it_is_like_a_normal_one() -> None:
     assert [len(_beyond(10 * far, law.ppf(places))[0]) for law in (stats.uniform, stats.t(3), stats.expon)] == [0, 0, 0]
     assert len(_beyond(far, stats.norm.ppf(places[::18]))[0]) == 0
     assert len(_beyond(np.zeros(5), stats.norm.ppf(places))[0]) == 0
+    scores = stats.norm.ppf(places)
+    lighter = _beyond(far, np.sign(scores) * np.abs(scores) ** 0.85)[1]  # its density falls as exp(-x^2.35 / 2)
+    assert lighter[0] > -0.5 * 5.0 ** (2 / 0.85) + 2
 
 
 def test_light_tails_need_no_warning() -> None:
@@ -82,6 +85,9 @@ def test_atoms_are_part_of_a_divergence() -> None:
     rng = np.random.default_rng(0)
     counts = kl_from_samples(rng.poisson(3.0, 5000), rng.poisson(4.0, 5000))
     assert counts.low < 3 * np.log(3 / 4) + 1 < counts.high
+    # 3 / 10 is not 3 * 0.1, and the same value yet.
+    tenths = kl_from_samples(rng.poisson(3.0, 5000) / 10, rng.poisson(4.0, 5000) * 0.1)
+    assert tenths.low < 3 * np.log(3 / 4) + 1 < tenths.high
     p, q = stats.norm(0.0, 1.0), stats.norm(0.5, 1.0)
     line = np.linspace(0, 8, 4001)
     truth = p.cdf(0) * np.log(p.cdf(0) / q.cdf(0)) + np.trapezoid(p.pdf(line) * (p.logpdf(line) - q.logpdf(line)), line)
