@@ -57,11 +57,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def replace_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory that takes the place of ``path`` when the block ends without an error.
 
-    The new directory is synced before it is renamed into place. POSIX cannot swap two non-empty directories in one
-    step, so an old directory is moved aside first and deleted last; a kill between the two renames leaves the old
-    one whole under ``.<name>.old-*``.
+    Whatever else stands in an old directory, under names that the new one does not have, stays there. The new directory
+    is synced before it is renamed into place. POSIX cannot swap two non-empty directories in one step, so the old one
+    is moved aside first and deleted last; a kill in between leaves what was not moved yet under ``.<name>.old-*``.
+
+    Raises:
+        FileExistsError: ``path`` is a file.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"replace_directory: path must be a directory, got the file {path}. Choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:
@@ -77,6 +82,9 @@ def replace_directory(path: Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
         os.replace(path, aside)
         os.replace(fresh, path)
+        for other in aside.iterdir():
+            if not os.path.lexists(path / other.name):
+                os.replace(other, path / other.name)
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.replace(fresh, path)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyalign.memory import BankError, FingerprintMismatch, KeyTransform, MemoryBank, ResidentBank, resident
+from tinyalign.memory import BankError, FingerprintMismatch, KeyTransform, MemoryBank, resident
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_exclusions_by_place(random_bank):
 
 def test_queries_made_by_something_else_are_refused(random_bank):
     bank = random_bank(fingerprint={"key.encoder": "clip", "value.encoder": "other"})
-    moved = ResidentBank(bank._contents, [torch.device("cpu")], fingerprint=bank.fingerprint)
+    moved = bank.to("cpu")
     assert moved.search(torch.randn(2, 8), fingerprint={"key.encoder": "clip"}).mask.all()
     for search in (moved.search, moved.neighbours):
         with pytest.raises(FingerprintMismatch, match=r"key\.encoder \(bank: 'clip', given: 'dino'\)"):

@@ -53,19 +53,23 @@ def test_the_feed_gives_what_the_model_would_find(parts: Parts, tmp_path: Path, 
 
 def test_a_sample_of_the_bank_never_finds_itself_or_its_twin(parts: Parts, tmp_path: Path) -> None:
     model, processor, samples = parts
-    bank = MemoryBank(key_dim=64, value_shape=(4, 32))
+    bank, regrouped = (MemoryBank(key_dim=64, value_shape=(4, 32)) for _ in range(2))
     keys = torch.cat([neighbours.SampleEncoder(model.query_encoder, processor.image_processor, None).queries([sample])
                       for sample in samples[:8]])  # fmt: skip
     bank.add(keys.repeat(2, 1), torch.zeros(16, 4, 32), ids=torch.arange(16),
              groups=torch.tensor([sample.group for sample in samples[:8]] * 2))  # fmt: skip
+    regrouped.add(keys.repeat(2, 1), torch.zeros(16, 4, 32), ids=torch.arange(16))
     own = [sample._replace(sample_id=at) for at, sample in enumerate(samples[:8])]
     before, model.memory = model.memory, bank
     try:
         table = find_neighbours(model, processor.image_processor, own, tmp_path)
+        model.memory = regrouped
+        twins = find_neighbours(model, processor.image_processor, own, tmp_path)
     finally:
         model.memory = before
     found = table.lookup(torch.arange(8)).ids
     assert ((found % 8) != torch.arange(8)[:, None]).all()
+    assert (twins.lookup(torch.arange(8)).ids[:, 0] == torch.arange(8) + 8).all()
 
 
 def test_a_search_that_is_killed_goes_on(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

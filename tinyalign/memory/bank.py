@@ -255,8 +255,8 @@ class MemoryBank:
 
     def to(self, device: Any, *, values: bool = True) -> ResidentBank:
         """Copy the entries to a device, or split them over a list of devices, for search that never leaves them."""
-        devices = device if isinstance(device, (list, tuple)) else [device]
-        return ResidentBank(self._contents, [torch.device(each) for each in devices], values=values)
+        places = [torch.device(each) for each in (device if isinstance(device, (list, tuple)) else [device])]
+        return ResidentBank(self._contents, places, values=values, fingerprint=self.fingerprint)
 
     def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return stored (transformed) keys as float32, (n, D), for the given ids or all entries."""

@@ -162,6 +162,6 @@ def _name(memory: MemoryBank, model: TinyAlignVLM, own: Tensor, groups: Tensor, 
     digest = xxhash.xxh3_64()
     for part in (memory.content_hash(), str(sorted(model.query_encoder.key_fingerprint().items())), str(k)):
         digest.update(part.encode())
-    for numbers in (own, groups):
+    for numbers in (own, groups, memory.groups):
         digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
