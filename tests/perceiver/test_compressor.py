@@ -32,10 +32,6 @@ def example(batch=3, patches=6, words=5, text_dim=None):
     return image, text
 
 
-def test_the_vocabulary_may_come_after_the_width():
-    assert PerceiverCompressor(64, 1000, sizes=SIZES).text_embedding.num_embeddings == 1000
-
-
 def test_default_is_table_3():
     compressor = PerceiverCompressor(1152)
     assert compressor.sizes == PerceiverSizes(128, 32, 96, 8, 1, 8, 96, 96)
@@ -256,20 +252,26 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"image_mean must be torch.float32 of shape \(13,\), got .* shape \(12,\)"):
         PerceiverCompressor.from_pretrained(folder)
     edited()
+    del weights["encoder.latents"]
+    save_file({**weights, "stray": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['encoder.latents'\] and unexpected \['stray'\]"):
+        PerceiverCompressor.from_pretrained(folder)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = tmp_path / "compressor"
+    build().save_pretrained(folder)
+    config = (folder / "config.json").read_text()
+    for text in ("", config[:-9], "[1, 2]", "3"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"compressor/config.json must be a JSON object, got .+ copy it"):
+            PerceiverCompressor.from_pretrained(folder)
+    (folder / "config.json").write_text(config)
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 5, len(whole) // 2):
         (folder / "model.safetensors").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"compressor/model.safetensors must be a whole safetensors file, got \w+"):
             PerceiverCompressor.from_pretrained(folder)
-    for text in ("", json.dumps(config)[:-9], "[1, 2]", "3"):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"compressor/config.json must be a JSON object, got .+ copy it"):
-            PerceiverCompressor.from_pretrained(folder)
-    edited()
-    del weights["encoder.latents"]
-    save_file({**weights, "stray": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing \['encoder.latents'\] and unexpected \['stray'\]"):
-        PerceiverCompressor.from_pretrained(folder)
 
 
 def test_wrong_inputs_are_refused():

@@ -52,6 +52,10 @@ def test_defaults_are_the_documented_ones(called):
     assert {name: parameters[name].default for name in PAPER[called]} == PAPER[called]
 
 
+def test_the_vocabulary_may_come_after_the_width():
+    assert PerceiverCompressor(64, 1000).text_embedding.num_embeddings == 1000
+
+
 @pytest.mark.parametrize("width", [1, 6, 7])
 def test_positions_are_those_of_vaswani(width):
     half = (width + 1) // 2

@@ -143,7 +143,7 @@ class PerceiverEncoder(nn.Module):
         num_heads: int = 8,
         num_blocks: int = 1,
     ) -> PerceiverEncoder:
-        """Build an encoder from the weights of transformers' ``PerceiverEncoder``, ``PerceiverModel`` or what holds one.
+        """Build an encoder from the weights of transformers' ``PerceiverEncoder``, ``PerceiverModel`` or more.
 
         All sizes are read off the tensors, except the two that leave no trace in them.
 
