@@ -7,7 +7,7 @@ r"""The whole method on real handwriting, with its controls, in a few minutes on
 A small vision tower and a small language model are trained on the spot and frozen, a Perceiver compresses image-caption
 pairs into a memory bank, and connectors are trained once per arm from the same seed and the same batches: without
 retrieval (`baseline`), with it (`tinyalign`), and with controls that have as many tokens and no information about the
-image. Expect the held-out cross-entropy of `tinyalign` some 15 % under the baseline's and every control's, and the
+image. Expect the held-out cross-entropy of `tinyalign` 10 to 20 % under the baseline's and every control's, and most
 controls within a few per cent of the baseline. `self`, which may retrieve the sample itself in training, looks better
 there and is worse than `tinyalign` held out. The last lines say what came out this time.
 """
