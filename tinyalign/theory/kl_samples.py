@@ -123,8 +123,10 @@ def kl_from_samples(
     # Whitening by q changes no divergence and makes the max-norm balls fit.
     shift, root = q.mean(axis=0), _whitener(q, least >= _FULL * width)
     p, q = (p - shift) @ root, (q - shift) @ root
+    law_p, law_q = fit_normal(p), fit_normal(q)
+    normal = least > width + 2 and looks_normal(p, law_p) and looks_normal(q, law_q)
     # In many columns samples share so many neighbours that more of them make no sharper test.
-    ks = [k] if width > FEW_COLUMNS else [k, min(_STEADY * k, n - 1, len(q))]
+    ks = [k] if normal or width > FEW_COLUMNS else [k, min(_STEADY * k, n - 1, len(q))]
     local = _local(p, q, ks)
     plain = float(local[:, 0].mean())
     if method == "plain" or (method == "auto" and least <= width + 2):
@@ -135,7 +137,6 @@ def kl_from_samples(
             f"kl_from_samples: p_samples and q_samples must hold more than {width + 2} samples each to fit {width} "
             f"columns, got {n} and {len(q)}. Collect more, or use method='plain'."
         )
-    law_p, law_q = fit_normal(p), fit_normal(q)
     closed = gaussian_kl(law_p, law_q)
     rng = np.random.default_rng(seed)
 
@@ -143,7 +144,6 @@ def kl_from_samples(
         drawn_p, drawn_q = draw_normal(law_p, rng, n), draw_normal(law_q, rng, len(q))
         return np.asarray(_local(drawn_p, drawn_q, [k]) - normal_log_ratio(drawn_p, law_p, law_q)[:, None])
 
-    normal = looks_normal(p, law_p) and looks_normal(q, law_q)
     ratio_data = normal_log_ratio(p, law_p, law_q)
     missed, accepted = _missed(local[:, :1] - ratio_data[:, None], missed_by_neighbours, len(q), closed)
     surrogate = float(ratio_data.mean()) + missed
