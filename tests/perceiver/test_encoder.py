@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,6 +199,16 @@ def test_wrong_inputs_are_refused():
         encoder(torch.zeros(2, 5, 8), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask must be boolean with True = keep, got torch.float32"):
         encoder(torch.zeros(2, 5, 8), torch.ones(2, 5))
+
+
+def test_arrays_are_refused_as_such():
+    encoder = PerceiverEncoder(
+        8, num_latents=3, latent_dim=8, num_self_attends=0, num_heads=2, qk_channels=8, v_channels=8
+    )
+    with pytest.raises(TypeError, match=r"inputs must be a tensor, got ndarray. Use torch.as_tensor\(inputs\)"):
+        encoder(np.zeros((2, 5, 8), np.float32))
+    with pytest.raises(TypeError, match=r"mask must be a tensor, got ndarray. Use torch.as_tensor\(mask\)"):
+        encoder(torch.zeros(2, 5, 8), np.ones((2, 5), bool))
 
 
 def test_the_weights_of_a_model_with_a_head_load():

@@ -360,7 +360,8 @@ def test_a_first_batch_without_patches_leaves_the_scale_to_a_later_one(rows, kep
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1.0"),
         ({"weights": LossWeights(bag=-0.1)}, "loss_weights.bag must be finite and not negative, got -0.1"),
         ({"mixed_captions": 1.5}, r"mixed_captions must lie in \[0, 1\], got 1.5"),
-        ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
+        ({"num_patches": 0}, "num_patches must be an integer of at least 1, got 0"),
+        ({"num_patches": 1.5}, "num_patches must be an integer of at least 1, got 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):

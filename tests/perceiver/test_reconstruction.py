@@ -88,6 +88,8 @@ def test_the_report_of_embeddings_and_of_missing_parts():
         build(loss_weights=LossWeights(image=0.0)), [{"image_features": image, "text": example(4)[1]}]
     )
     assert only_text.image_explained is None
+    with pytest.raises(ValueError, match=r"batches must hold image_features, got \['text'\]"):
+        evaluate_reconstruction(build(), [{"text": torch.ones(2, 3, dtype=torch.long)}])
     with pytest.raises(ValueError, match="batches must not be empty, got 0"):
         evaluate_reconstruction(build(), [])
 

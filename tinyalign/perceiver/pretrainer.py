@@ -130,10 +130,10 @@ class PerceiverPretrainer(nn.Module):
                 f"PerceiverPretrainer: mixed_captions must lie in [0, 1], got {mixed_captions}. Give the share of rows "
                 "whose words are drawn from the whole batch."
             )
-        if num_patches is not None and num_patches < 1:
+        if num_patches is not None and (not isinstance(num_patches, int) or num_patches < 1):
             raise ValueError(
-                f"PerceiverPretrainer: num_patches must be at least 1, got {num_patches}. Use LossWeights(image=0) to "
-                "leave the image out."
+                f"PerceiverPretrainer: num_patches must be an integer of at least 1, got {num_patches}. Use "
+                "LossWeights(image=0) to leave the image out."
             )
         self.compressor = compressor
         self.loss_weights = loss_weights

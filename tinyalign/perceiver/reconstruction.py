@@ -42,7 +42,7 @@ def evaluate_reconstruction(
         of a batch: as `PerceiverPretrainer.forward` takes it.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or one without image features.
 
     Example:
         >>> import torch
@@ -62,6 +62,11 @@ def evaluate_reconstruction(
         with torch.no_grad():
             for batch in batches:
                 count += 1
+                if batch.get("image_features") is None:
+                    raise ValueError(
+                        f"evaluate_reconstruction: batches must hold image_features, got {sorted(batch)}. Name their "
+                        "parts as PerceiverPretrainer.forward does."
+                    )
                 given = {name: part.to(device) for name, part in batch.items() if part is not None}
                 _add(pretrainer, given, totals)
     finally:
