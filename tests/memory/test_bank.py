@@ -133,8 +133,8 @@ ones = torch.ones(2, 4), torch.ones(2, 2, 3)
         (*ones, {"metadata": [{}, "text"]}, TypeError, "metadata must be dicts, got str in row 1"),
         (*ones, {"metadata": [{}, {"a": torch.ones(1)}]}, TypeError, "metadata must be plain JSON.* in row 1"),
         (*ones, {"metadata": [{}, {"a": float("nan")}]}, TypeError, "metadata must be plain JSON"),
-        (*ones, {"metadata": [{}, {1: 2}]}, TypeError, "metadata must be plain JSON values, got the key 1 in row 1"),
-        (*ones, {"metadata": [{"a": [{None: 2}]}, {}]}, TypeError, "got the key None in row 0"),
+        (*ones, {"metadata": [{}, {1: 2}]}, TypeError, "metadata must have text as keys, got 1 in row 1"),
+        (*ones, {"metadata": [{"a": [{None: 2}]}, {}]}, TypeError, "must have text as keys, got None in row 0"),
         (ones[0].to_sparse(), ones[1], {}, TypeError, "keys must be dense, got torch.sparse_coo. Convert it with"),
     ],
 )

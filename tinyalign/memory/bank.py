@@ -344,8 +344,8 @@ class MemoryBank:
     ) -> int:
         """Encode all entries again into the next generation: ``keys``, ``values`` or ``both``; returns its number.
 
-        The fields of ``fingerprint`` replace the bank's. A killed refresh of this generation loses at most
-        ``commit_every`` records and is continued, unless ``resume`` is False. See ``check`` for ``encode``.
+        The fields of ``fingerprint`` replace the bank's; what moves though its fields stay is warned of. When killed it
+        loses at most ``commit_every`` records and is continued by the same encoder, unless ``resume`` is False.
         """
         where = "MemoryBank.refresh"
         home = self._saved(where)

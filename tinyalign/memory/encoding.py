@@ -114,7 +114,7 @@ class _OtherPlanError(BankError):
     """What a killed build left was made by another plan."""
 
 
-class NoBatchError(TypeError):
+class _NoBatchError(TypeError):
     """``encode`` returned something else than an ``EncodedBatch``: no record is to blame."""
 
 
@@ -122,7 +122,7 @@ def as_batch(encoded: object, where: str) -> EncodedBatch:
     """Return what ``encode`` returned, or say that it is no ``EncodedBatch``."""
     if not isinstance(encoded, EncodedBatch):
         found = type(encoded).__name__
-        raise NoBatchError(
+        raise _NoBatchError(
             f"{where}: encode must return an EncodedBatch, got {found}. Put keys, values and ids in one."
         )
     return encoded
@@ -319,7 +319,7 @@ class _Shard:
         try:
             self._add(encode([record for _, record in readable]), len(readable))
             return
-        except NoBatchError:
+        except _NoBatchError:
             raise
         except Exception as error:  # noqa: BLE001 (whatever encoding may raise)
             failure = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,20 +129,22 @@ def notes_of(metadata: Sequence[Mapping[str, Any] | None] | None, count: int, ca
             )
         try:
             notes.append(encode_note(None if note is None else dict(note)))
-            _text_keys(note)
+            odd = next(_odd_keys(note), None)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
                 f"{caller}: metadata must be plain JSON values, got {error} in row {row}. Use text and numbers."
             ) from error
+        if odd is not None:
+            raise TypeError(
+                f"{caller}: metadata must have text as keys, got {odd[0]!r} in row {row}. Write it as text."
+            )
     return notes
 
 
-def _text_keys(value: Any) -> None:
-    """Refuse what JSON would turn into text: it would come back as another key."""
+def _odd_keys(value: Any) -> Iterator[tuple[Any]]:
+    """Yield the keys that are no text, at any depth."""
     if isinstance(value, Mapping):
-        other = [key for key in value if not isinstance(key, str)]
-        if other:
-            raise TypeError(f"the key {other[0]!r}")
+        yield from ((key,) for key in value if not isinstance(key, str))
     if isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            _text_keys(part)
+            yield from _odd_keys(part)
