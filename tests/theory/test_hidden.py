@@ -7,7 +7,7 @@ import pytest
 
 from tinyalign.theory import mutual_information
 from tinyalign.theory.copula import fit_gaussian, normal_scores
-from tinyalign.theory.hidden import _expected, hidden_columns, hidden_direction
+from tinyalign.theory.hidden import _expected, hidden_columns, hidden_direction, hidden_pool
 
 WAVE = 0.8616  # I(X; sin 3 X + 0.3 E) of normals, by quadrature over both
 RING = 0.4382  # of a ring of radius 1 and noise 0.15, by quadrature over both
@@ -87,3 +87,32 @@ def test_moments_of_sines_are_those_of_normals(rho: float) -> None:
             left, right = f(a * u) + 0 * v, g(b * v)
             moment = (weight * left * right).sum() - (weight * left).sum() * (weight * right).sum()
             assert found[row, column] == pytest.approx(moment, abs=1e-9)
+
+
+def copies(law: str, n: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    if law == "band":
+        x = rng.uniform(size=(n, pairs))
+        return x, x + rng.uniform(-1, 1, (n, pairs))
+    u, w = rng.uniform(size=(2, n, pairs))
+    return u, ((w ** (-3 / 4) - 1) * u**-3 + 1) ** (-1 / 3)  # Clayton, theta = 3
+
+
+@pytest.mark.parametrize(("law", "pairs", "truth"), [("band", 2, 0.25), ("band", 8, 0.25), ("clayton", 8, 0.6374)])
+def test_many_pairs_that_each_depart_a_little_are_seen_together(law: str, pairs: int, truth: float) -> None:
+    """Independent copies of one law, of which too few samples show each alone; truths: 1 / 4, and by quadrature."""
+    errors = []
+    for seed in range(4):
+        result = mutual_information(*copies(law, 500, pairs, seed))
+        assert result.warnings
+        errors.append(result.value - pairs * truth)
+    assert abs(np.mean(errors)) < 0.4 * pairs * truth  # the copula alone lacks .53 of the band's
+
+
+def test_copies_of_normals_are_seldom_pooled_against_the_law() -> None:
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x, e = rng.normal(size=(2, 200, 6))
+        rho = (0.0, 0.5, 0.9, 0.99)[seed % 4]
+        z = np.hstack([x, rho * x + np.sqrt(1 - rho**2) * e])
+        assert hidden_pool(fit_gaussian(normal_scores(z), 6)) is None

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from tinyalign.theory.copula import EllipticalCopula
+from tinyalign.theory.smooth import pooled_departure
 
-__all__ = ["Hidden", "hidden_columns", "hidden_direction"]
+__all__ = ["Hidden", "hidden_columns", "hidden_direction", "hidden_pool"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -24,7 +25,8 @@ _PAIRS = 1000  # of columns, up to which the finer ones are used
 _WORK = 6e8  # products of features and rows, beyond which rows are left out
 _LEVEL = 5e-4  # chance of finding a pair under the law
 _APART = 0.2  # correlation of columns on one side up to which what they hold is added up
-_WIDEST = 16  # columns of a side whose products are searched
+_WIDEST = 16  # columns of a side whose products are searched, and pairs that are pooled
+_POOLED = 6.0  # standard errors by which ranks of many pairs depart together
 _EDGE = 2.3  # noise of the largest canonical correlation of random squares, by the size of the two sets of them
 
 
@@ -71,18 +73,37 @@ def hidden_columns(law: EllipticalCopula, numbers: list[IntArray] | None = None)
     clear = clearest > -float(stdtrit(count / 2, 0.5 * _LEVEL / deviation.size))
     if not clear.any():
         return None
-    used: list[tuple[int, int]] = []
-    for place in np.argsort(-np.where(clear, clearest, 0.0), axis=None)[: int(clear.sum())]:
-        one, other = divmod(int(place), d)
-        near = [max(abs(law.correlation[one, i]), abs(law.correlation[s + other, s + j])) for i, j in used]
-        if max(near, default=0.0) < _APART:
-            used.append((one, other))
+    used = _apart(law, np.where(clear, clearest, 0.0))
     one, other = used[0] if numbers is None else (numbers[0][used[0][0]], numbers[1][used[0][1]])
     return Hidden(
         f"{'canonical ' if numbers is None else ''}columns {one} of x and {other} of y, the clearest of "
         f"{int(clear.sum())} such pairs, depend by {clearest.max():.1f} standard errors beyond the copula",
         [law.points[:, [one, s + other]] for one, other in used],
     )
+
+
+def hidden_pool(law: EllipticalCopula) -> Hidden | None:
+    """Find what the pairs of columns that correlate most hold beyond the law together; None where they fit it."""
+    used = _apart(law, np.abs(law.correlation[: law.split, law.split :]))[:_WIDEST]
+    departure = pooled_departure(law, used)
+    if departure < _POOLED:
+        return None
+    said = f"ranks of {len(used)} pairs of columns depart together by {departure:.1f} standard errors from the copula"
+    return Hidden(said, [law.points[:, [one, law.split + other]] for one, other in used])
+
+
+def _apart(law: EllipticalCopula, score: FloatArray) -> list[tuple[int, int]]:
+    """Pairs of columns with a positive score, largest first, that hardly correlate on either side."""
+    used: list[tuple[int, int]] = []
+    s = law.split
+    for place in np.argsort(-score, axis=None)[: int((score > 0).sum())]:
+        one, other = divmod(int(place), score.shape[1])
+        near = [max(abs(law.correlation[one, i]), abs(law.correlation[s + other, s + j])) for i, j in used]
+        if max(near, default=0.0) < _APART:
+            used.append((one, other))
+        if len(used) == min(score.shape):
+            break
+    return used
 
 
 def _expected(correlation: FloatArray, frequencies: FloatArray) -> FloatArray:

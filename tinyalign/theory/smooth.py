@@ -11,13 +11,16 @@ from scipy.special import ndtri
 
 from tinyalign.theory.copula import EllipticalCopula
 
-__all__ = ["Moments", "rank_departure", "smooth_test", "squares_departure"]
+__all__ = ["Moments", "pooled_departure", "rank_departure", "smooth_test", "squares_departure"]
 
 FloatArray = NDArray[np.float64]
 _PAIRS = 5
 _REJECT = 4.5  # standard errors
 _LEVEL = 5e-4  # chance of calling an elliptical law turned
 _ORDERS = 8  # of Legendre polynomials; of their products those of orders whose product is no larger
+_SIZES = np.outer(np.arange(1, _ORDERS + 1), np.arange(1, _ORDERS + 1))
+_USED = (_SIZES <= _ORDERS) & (_SIZES > 1)
+_PRODUCTS = int(_USED.sum())
 _DOUBT = 0.05  # chance of doubting the law that holds
 _HIDDEN = 0.01  # chance of finding squares that move together under the law
 _ELLIPTICAL = 5.5  # standard errors beyond which a moment speaks against every elliptical law
@@ -113,9 +116,7 @@ def rank_departure(law: EllipticalCopula) -> tuple[float, bool]:
     if math.isfinite(law.freedom):
         cut = len(small.correlation) < len(law.correlation)
         full = law.leading(len(law.correlation)).points if cut else small.points
-    orders = np.arange(1, _ORDERS + 1)
-    used = (orders[:, None] * orders <= _ORDERS) & (orders[:, None] * orders > 1)
-    count, worst = int(used.sum()), -math.inf
+    worst = -math.inf
     for given, other, side in ((0, s, slice(0, law.split)), (s, 0, slice(law.split, None))):
         spread = np.ones(n)
         if full is not None:
@@ -123,10 +124,35 @@ def rank_departure(law: EllipticalCopula) -> tuple[float, bool]:
         for pair in range(pairs):
             rho = float(small.correlation[pair, s + pair])
             known, answer = small.points[:, given + pair], small.points[:, other + pair]
-            products = _legendre(known) @ _legendre((answer - rho * known) / spread).T / n
-            statistic = n * float((products[used] ** 2).sum())
-            worst = max(worst, _deviation(statistic, count))
+            worst = max(worst, _deviation(_of_ranks(known, (answer - rho * known) / spread), _PRODUCTS))
     return worst, worst > float(ndtri(1.0 - _DOUBT / pairs))
+
+
+def pooled_departure(law: EllipticalCopula, pairs: list[tuple[int, int]]) -> float:
+    """Say how far the ranks of pairs of columns are from the law in all, in standard errors.
+
+    Many pairs that each depart a little are seen together, where none is alone.
+
+    Args:
+        law: the law.
+        pairs: columns of x and of y; those of different pairs are nearly uncorrelated.
+    """
+    found = []
+    for swapped in (False, True):
+        total = 0.0
+        for one, other in pairs:
+            known, answer = (law.split + other, one) if swapped else (one, law.split + other)
+            u, v = law.points[:, known], law.points[:, answer]
+            spread = np.sqrt(law.freedom + u**2) if math.isfinite(law.freedom) else 1.0
+            total += _of_ranks(u, (v - float(law.correlation[known, answer]) * u) / spread)
+        found.append(_deviation(total, _PRODUCTS * len(pairs)))
+    return max(found)
+
+
+def _of_ranks(known: FloatArray, left: FloatArray) -> float:
+    """A chi-square of ``_PRODUCTS`` degrees of freedom where what is left is independent of what is known."""
+    products = _legendre(known) @ _legendre(left).T
+    return float((products[_USED] ** 2).sum()) / len(known)
 
 
 def squares_departure(law: EllipticalCopula) -> tuple[float, bool]:
