@@ -205,6 +205,15 @@ def test_null_input_reads_targets_only_and_every_supervised_token() -> None:
     assert first == pytest.approx((wide[0, 3] + wide[1, 5]).item(), rel=1e-5)
 
 
+def test_numpy_batches_are_read_as_tensors_are() -> None:
+    model = TinyLM()
+    tensors = batch([[1, 2, 3], [3, 4, 5]], [[-100, 2, 3], [-100, -100, 5]], sample_ids=torch.tensor([70, 71]))
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    one, other = collect_nll(model, [tensors]), collect_nll(model, [arrays])
+    assert (other - one).tolist() == [0.0, 0.0]
+    assert other.ids.tolist() == [70, 71]
+
+
 def test_errors_name_the_sample_and_the_remedy() -> None:
     model = TinyLM()
     empty = batch([[1, 2], [3, 4]], [[-100, 2], [3, -100]], sample_ids=torch.tensor([70, 71]))
@@ -221,6 +230,12 @@ def test_errors_name_the_sample_and_the_remedy() -> None:
         collect_nll(model, [], condition="blank")
     with pytest.raises(ValueError, match="null_input must be given for condition='null', got None"):
         collect_nll(model, [], condition="null")
+    for name in ("sample_ids", "groups"):
+        text = batch([[1, 2]], [[-100, 2]], **{name: ["790_0"]})
+        with pytest.raises(ValueError, match=rf"{name} must be integers, got dtype <U5. Hash text ids to int64 first"):
+            collect_nll(model, [text])
+    with pytest.raises(ValueError, match="got none for sample 790_0"):
+        collect_nll(model, [batch([[1, 2]], [[-100, -100]], sample_ids=["790_0"])])
     with pytest.raises(ValueError, match="num_tokens must be at least 1, got 0"):
         NullInput(4, num_tokens=0)
     with pytest.raises(ValueError, match="labels must supervise a token in every row, got none in row 1"):

@@ -156,6 +156,10 @@ def test_a_constant_shares_nothing() -> None:
         result = mutual_information(np.zeros(100, dtype=int), np.arange(100) % 4, method=method)
         assert result.value == pytest.approx(0.0, abs=1e-12)
     assert mutual_information(np.zeros(100, dtype=int), np.arange(100) % 4).std_error == 0.0
+    for side in (np.arange(100) % 4, np.random.default_rng(0).normal(size=100)):
+        for result in (mutual_information(side, np.zeros(100, dtype=int)), mutual_information(["a"] * 100, side)):
+            assert result.warned("constant")
+            assert (result.value, result.low, result.high) == (pytest.approx(0.0, abs=1e-12),) * 3
 
 
 def test_a_copy_of_two_labels_keeps_its_entropy_when_shuffles_are_taken_out() -> None:
@@ -173,6 +177,10 @@ def test_one_outcome_has_no_entropy_and_no_interval() -> None:
     result = entropy(["a"] * 20)
     assert (result.value, result.low, result.high, result.std_error) == (0.0, 0.0, 0.0, 0.0)
     assert result.warned("constant")
+    for count in (1, 2, 3):  # Grassberger's correction of so few is off to either side
+        few = entropy(["a"] * count)
+        assert few.low <= 0.0 <= few.high
+        assert few.low <= few.value <= few.high
 
 
 def test_too_large_an_alphabet_is_said_and_shuffled_labels_give_nothing() -> None:
@@ -242,7 +250,21 @@ def test_repeated_and_many_columns_are_warned_of() -> None:
     assert constant.warned("constant")
 
 
+def test_scales_of_columns_are_added_to_their_entropy() -> None:
+    x = np.random.default_rng(0).normal(size=(2000, 2))
+    even = knn_entropy(x)
+    for scale in ([1.0, 1e6], [1e-6, 1e6], [3.0, 1.0]):
+        found = knn_entropy(x * scale)
+        assert found.value == pytest.approx(even.value + np.log(scale).sum(), abs=0.02)
+        assert found.high - found.low == pytest.approx(even.high - even.low, rel=0.2)
+    assert knn_entropy(np.hstack([x[:, :1], 1e-3 * x[:, 1:]])).samples.mean() < 0
+
+
 def test_bad_input_is_refused() -> None:
+    with pytest.raises(TypeError, match="x must be numeric, got dtype complex128"):
+        mutual_information(np.ones(20) + 1j, np.arange(20.0))
+    with pytest.raises(TypeError, match="y must hold labels that can be ordered, got dtype object"):
+        mutual_information(np.random.default_rng(0).normal(size=20), np.array(["a", None] * 10, dtype=object))
     with pytest.raises(ValueError, match="x and y must have equal lengths, got 2 and 3"):
         mutual_information([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match=r"method must be one of auto, plugin, .* got 'median'"):

@@ -269,3 +269,8 @@ def test_a_bootstrap_in_blocks_draws_as_often_as_it_is_asked() -> None:
     ratios, errors = _resample(top, bottom, 100, 0)  # blocks of 80 draws, then 20
     assert len(ratios) == len(errors) == 100
     assert ratios.std() == pytest.approx(float(np.median(errors)), rel=0.3)
+
+
+def test_no_entropy_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"entropy must be a number, \(low, high\) or an estimate, got None"):
+        effective_mutual_information([1.0, 2.0], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,20 @@ def test_the_record_is_frozen_and_plain() -> None:
         estimate.value = 2.0  # type: ignore[misc]
     with pytest.raises(ValueError, match="read-only"):
         estimate.samples[0] = 2.0
+    rich = Estimate(1.0, candidates={"ksg": 1.0}, details={"k": 4})
+    for part in (rich.candidates, rich.details):
+        for write in (lambda part=part: part.update(k=5), lambda part=part: part.__setitem__("k", 5)):
+            with pytest.raises(TypeError, match="candidates and details must stay as they were found, got a write"):
+                write()
+    again = pickle.loads(pickle.dumps(rich.to("bits")))
+    assert (again.details, again.candidates) == ({"k": 4}, {"ksg": pytest.approx(1 / np.log(2))})
+    given = np.array([1.0, 2.0])
+    table = NLLTable(given, [1, 1])
+    for column in (table.nll, table.tokens, table.ids):
+        with pytest.raises(ValueError, match="read-only"):
+            column[0] = 3
+    given[0] = 5.0
+    assert table.nll[0] == 1.0
     assert estimate.warned("ties")
     assert not estimate.warned("tie")
     assert float(estimate) == 1.0

@@ -76,7 +76,13 @@ def as_labels(values: Any, where: str, name: str) -> IntArray:
         array = _floats(array, where, name)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    _, codes = np.unique(array, axis=0 if array.ndim == 2 else None, return_inverse=True)
+    try:
+        _, codes = np.unique(array, axis=0 if array.ndim == 2 else None, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(
+            f"{where}: {name} must hold labels that can be ordered, got dtype {array.dtype} ({error}). Use strings or "
+            "integers, and name what is missing."
+        ) from error
     return np.asarray(codes, dtype=np.int64).reshape(-1)
 
 

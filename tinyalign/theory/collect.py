@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyalign.theory._input import as_numpy
 from tinyalign.theory.likelihood import IGNORED, sequence_nll
-from tinyalign.theory.nll import NLLTable
+from tinyalign.theory.nll import NLLTable, integers
 from tinyalign.theory.null_input import NullInput
 
 __all__ = ["ARMS", "CONDITIONS", "collect_nll", "without_images"]
@@ -74,7 +75,7 @@ def collect_nll(
 
     Raises:
         ValueError: an unknown condition, no null input where one is needed, a batch without labels, a sample without
-            a target token, or an empty loader.
+            a target token, ids or groups that are not integers, or an empty loader.
         TypeError: an arm is asked of a model whose forward takes no ``retrieval``.
 
     Example:
@@ -226,7 +227,7 @@ def _labels(batch: Mapping[str, Any], count: int) -> Tensor:
     if bool(empty.any()):
         row = int(empty.nonzero()[0, 0])
         ids = batch.get("sample_ids")
-        name = f"sample {int(ids[row])}" if ids is not None else f"record {count + row}"
+        name = f"sample {as_numpy(ids)[row]}" if ids is not None else f"record {count + row}"
         raise ValueError(
             f"collect_nll: labels must leave a target token in every row, got none for {name}. The label mask or the "
             "length limit removed its answer; drop it or raise the limit."
@@ -249,15 +250,15 @@ def _record(
     columns["nll"].append(nll.double().cpu().numpy())
     columns["tokens"].append(tokens.long().cpu().numpy())
     ids = batch.get("sample_ids")
-    ids = np.arange(count, count + size) if ids is None else np.asarray(torch.as_tensor(ids).cpu(), dtype=np.int64)
+    ids = np.arange(count, count + size) if ids is None else integers(ids, size, "sample_ids")
     columns["sample_ids"].append(ids)
     groups = batch.get("groups", batch.get("group_ids"))
-    columns["groups"].append(ids if groups is None else np.asarray(torch.as_tensor(groups).cpu(), dtype=np.int64))
+    columns["groups"].append(ids if groups is None else integers(groups, size, "groups"))
     targets = [row[row != IGNORED].tolist() for row in labels.cpu()]
     hashes = [xxhash.xxh3_64_intdigest(np.asarray(row, dtype=np.int64).tobytes()) >> 1 for row in targets]
     columns["targets"].append(np.asarray(hashes, dtype=np.int64))
     if batch.get("target_bytes") is not None:
-        columns["bytes"].append(np.asarray(torch.as_tensor(batch["target_bytes"]).cpu(), dtype=np.int64))
+        columns["bytes"].append(integers(batch["target_bytes"], size, "target_bytes"))
     elif tokenizer is not None:
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in targets]
         columns["bytes"].append(np.asarray([max(1, len(text.encode())) for text in texts], dtype=np.int64))
@@ -265,9 +266,13 @@ def _record(
 
 def _to_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    moved = {
+        name: torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iufb" else value
+        for name, value in batch.items()
+    }
     if parameter is None:
-        return dict(batch)
-    return {name: value.to(parameter.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return moved
+    return {name: value.to(parameter.device) if isinstance(value, Tensor) else value for name, value in moved.items()}
 
 
 def _image_tokens(model: Any) -> tuple[int, ...]:

@@ -95,6 +95,8 @@ def discrete_information(x: Any, y: Any, *, method: str = "auto", level: float =
         warnings += said
         # The interval is that of the information whatever the correction, and reaches as far as the estimate.
         low, high = min(low, value), max(high, value)
+    if min(left.max(), right.max()) == 0:
+        warnings += ("constant: all labels of a side are one, which nothing can say more of",)
     return Estimate(
         value,
         low,

@@ -220,6 +220,7 @@ def effective_mutual_information(
 
     Raises:
         ValueError: a value is not finite, the bounds are reversed, or ``entropy`` counts per something else.
+        TypeError: no entropy.
 
     Source:
         Hu et al. 2025, TinyAlign, equations (4) and (5); Barber and Agakov 2003.
@@ -235,6 +236,10 @@ def effective_mutual_information(
     loss = _mean(nll_input, groups, per, level, interval, draws, seed, where)
     if isinstance(entropy, Bounds):
         return _bounded(loss, entropy.lower, entropy.upper, where)
+    if entropy is None:
+        raise TypeError(
+            f"{where}: entropy must be a number, (low, high) or an estimate, got None. Give at least bounds."
+        )
     if isinstance(entropy, (tuple, list)):
         if len(entropy) != 2:
             raise ValueError(

@@ -24,6 +24,7 @@ _BIASED = 0.2  # standard errors of bias that cost the interval about one of its
 _FEW = 10  # samples an outcome, below which the standard error is too small as well
 _BIASED_DIMENSIONS = 2
 _MANY = 1000  # samples in two dimensions, from which a bias shows where it is more than the noise
+_UNEVEN = 2.0  # between the scales of two columns, from which a cube is no fair neighbourhood
 _SHARING = 0.8  # of the noise of neighbours: what sharing them adds to its variance, over laws of 1 and 2 columns
 
 
@@ -76,7 +77,8 @@ def entropy(
     value = names_values[chosen]
     if outcomes == 1:
         line = "constant: all samples are one outcome; what was not seen is not in the interval"
-        return Estimate(value, value, value, method=chosen, n=n, warnings=(line,), level=level, std_error=0.0)
+        low, high = min(value, 0.0), max(value, 0.0)  # the corrections miss zero where samples are few
+        return Estimate(value, low, high, method=chosen, n=n, warnings=(line,), level=level, std_error=0.0)
     expected = entropy_interval(names_values["miller_madow"], surprise, math.log(outcomes), outcomes - 1, level)
     low, high, error = simulated_entropy(counts, expected[:2], level) if outcomes <= CELLS else expected
     # The interval is that of the entropy whatever the correction, and reaches as far as the estimates.
@@ -235,10 +237,11 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
     warnings = duplicate_warnings(points, "x")
     if warnings and len(np.unique(points, axis=0)) <= k:
         return Estimate(-math.inf, -math.inf, -math.inf, method="knn", n=len(points), warnings=warnings, level=level)
+    points, stretched = _evened(points)
     # A term is the log-density, which its neighbours share nothing of, and noise of variance psi'(k), which they share.
     local, spread = neighbour_interval(
-        lambda rows, ks: _local_entropy(points[rows], ks), len(points), k, level, shared=1.0,
-        added=_SHARING * float(polygamma(1, k)),
+        lambda rows, ks: [term + stretched for term in _local_entropy(points[rows], ks)], len(points), k, level,
+        shared=1.0, added=_SHARING * float(polygamma(1, k)),
     )  # fmt: skip
     value = float(local.mean())
     if points.shape[1] > (_BIASED_DIMENSIONS if len(points) >= _MANY else 1):
@@ -258,6 +261,15 @@ def knn_entropy(x: Any, *, k: int = 4, level: float = 0.95) -> Estimate:
         std_error=spread.error,
         details={"k": k},
     )
+
+
+def _evened(points: FloatArray) -> tuple[FloatArray, float]:
+    """Divide columns of unequal scale by the distance of their quartiles, and return the entropy that it takes off."""
+    scale = np.subtract(*np.quantile(points, [0.75, 0.25], axis=0))
+    scale[scale == 0] = 1.0
+    if scale.max() < _UNEVEN * scale.min():
+        return points, 0.0
+    return points / scale, float(np.log(scale).sum())
 
 
 def _local_entropy(points: FloatArray, ks: list[int]) -> list[FloatArray]:

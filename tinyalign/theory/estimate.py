@@ -56,6 +56,18 @@ def _factor(source: str, target: str) -> float:
     return _NATS_IN[source_word] / _NATS_IN[target_word]
 
 
+class _Constant(dict[str, Any]):
+    """A dictionary that cannot be written; unlike a mapping proxy it is pickled and dumped as any other."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("Estimate: candidates and details must stay as they were found, got a write. Copy with dict().")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Constant, (dict(self),)
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """An estimated amount of information with its interval, unit and origin.
@@ -117,6 +129,8 @@ class Estimate:
             frozen = np.array(self.samples, dtype=np.float64)
             frozen.flags.writeable = False
             object.__setattr__(self, "samples", frozen)
+        for name in ("candidates", "details"):
+            object.__setattr__(self, name, _Constant(getattr(self, name)))
 
     def __float__(self) -> float:
         return float(self.value)

@@ -58,6 +58,7 @@ def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, leve
 
     Raises:
         ValueError: NaN or inf, unequal lengths, too few samples, or an unknown or unfitting method.
+        TypeError: complex numbers, or labels that cannot be ordered.
 
     Source:
         Kraskov et al. 2004; Ross 2014; Gao et al. 2017; Grassberger 2003; Czyz et al. 2023, arXiv 2306.11078.
@@ -141,9 +142,9 @@ class _Side(NamedTuple):
 
 def _read(values: Any, name: str) -> _Side:
     array = as_numpy(values)
-    if array.size and array.dtype.kind != "f":
+    if array.size and array.dtype.kind not in "fc":
         return _Side(values, "label")
-    if not array.size or array.ndim not in (1, 2) or not np.isfinite(array).all():
+    if not array.size or array.dtype.kind == "c" or array.ndim not in (1, 2) or not np.isfinite(array).all():
         return _Side(values, "continuous")  # and refused where it is read
     matrix = as_matrix(array, "mutual_information", name)
     values, rounded, atoms = spread_rounding(matrix)
@@ -212,6 +213,9 @@ def _mixture(x: FloatArray, y: FloatArray, k: int, level: float) -> Estimate:
 
 def _labelled(side: _Side, labels: Any, method: str, k: int, level: float) -> Estimate:
     x, codes = as_numpy(side.values), as_labels(labels, "mutual_information", "y")
+    if method == "auto" and codes.max() == 0 and len(codes) == len(x):
+        line = "constant: all labels are one, which nothing can say more of"
+        return Estimate(0.0, 0.0, 0.0, method="constant", n=len(codes), warnings=(line,), level=level, std_error=0.0)
     if method == "classifier":
         return classifier_information(x, labels, level=level)
     width = 1 if x.ndim < 2 else x.shape[1]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tinyalign._files import write_bytes
 from tinyalign.theory._input import as_clusters, as_numpy, as_vector
 
-__all__ = ["NLLTable", "Per", "TableMismatch"]
+__all__ = ["NLLTable", "Per", "TableMismatch", "integers"]
 
 FORMAT = 1
 Per = Literal["sequence", "token", "byte"]
@@ -77,10 +77,10 @@ class NLLTable:
             "bytes": self.bytes,
             "targets": self.targets,
         }
-        object.__setattr__(self, "nll", nll)
+        object.__setattr__(self, "nll", _frozen(nll))
         for name, column in columns.items():
             if column is not None:
-                object.__setattr__(self, name, _integers(column, n, name))
+                object.__setattr__(self, name, _frozen(integers(column, n, name)))
         if len(np.unique(self.ids)) != n:
             ids, counts = np.unique(self.ids, return_counts=True)
             raise ValueError(
@@ -227,7 +227,14 @@ class NLLTable:
         return as_clusters(self.groups if groups is None else groups, len(self), "NLLTable.clusters")
 
 
-def _integers(column: Any, n: int, name: str) -> NDArray[np.int64]:
+def _frozen(column: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written; both sources are copies already."""
+    column.flags.writeable = False
+    return column
+
+
+def integers(column: Any, n: int, name: str) -> NDArray[np.int64]:
+    """Return a column of n whole numbers as int64."""
     array = as_numpy(column)
     if array.shape != (n,):
         raise ValueError(f"NLLTable: {name} must have shape ({n},) like nll, got {array.shape}. Align the columns.")
