@@ -282,3 +282,19 @@ def test_cuda_tensors_are_taken_and_results_come_back_there():
         assert torch.equal(one.cpu(), other)
     assert moved.gather(ids.cuda())[0].is_cuda
     assert moved.remove(ids[:2].cuda()) == 2
+
+
+@pytest.mark.parametrize("value", [[1], {"b": 1}, float("nan"), b"x"])
+def test_a_fingerprint_that_cannot_be_read_back_is_not_written(random_bank, tmp_path, value):
+    saved = random_bank().save(tmp_path / "bank")
+    bank = MemoryBank.load(saved)
+    bank.fingerprint["a"] = value
+    bank.remove(bank.ids[:1])
+    for write in (bank.commit, bank.compact, lambda: bank.save(saved), lambda: bank.save(saved.with_name("other"))):
+        with pytest.raises(TypeError, match="fingerprint must map names to str, int, finite float, bool or None, got"):
+            write()
+    assert len(MemoryBank.load(saved)) == len(bank) + 1
+    assert not saved.with_name("other").exists()
+    del bank.fingerprint["a"]
+    bank.commit()
+    assert len(MemoryBank.load(saved)) == len(bank)

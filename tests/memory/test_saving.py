@@ -247,21 +247,6 @@ def test_every_edit_of_the_manifest_is_refused(saved):
         MemoryBank.load(saved)
 
 
-@pytest.mark.parametrize("value", [[1], {"b": 1}, float("nan"), b"x"])
-def test_a_fingerprint_that_cannot_be_read_back_is_not_written(saved, value):
-    bank = MemoryBank.load(saved)
-    bank.fingerprint["a"] = value
-    bank.remove(bank.ids[:1])
-    for write in (bank.commit, bank.compact, lambda: bank.save(saved), lambda: bank.save(saved.with_name("other"))):
-        with pytest.raises(TypeError, match="fingerprint must map names to str, int, finite float, bool or None, got"):
-            write()
-    assert len(MemoryBank.load(saved)) == len(bank) + 1
-    assert not saved.with_name("other").exists()
-    del bank.fingerprint["a"]
-    bank.commit()
-    assert len(MemoryBank.load(saved)) == len(bank)
-
-
 def test_a_kill_before_the_switch_leaves_rubbish_that_the_next_writer_sweeps(random_bank, tmp_path, same):
     path = tmp_path / "bank"
     bank = random_bank()
