@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ class AttentionPooledKey(nn.Module):
     Rows of both modalities are brought to unit length, weighted by ``alpha`` (image) and ``1 - alpha`` (text) and
     joined to F; the key is the mean over queries of ``softmax(scale * F F^T) F``. Only the mean of the attention
     weights over queries is needed, ``w = mean_q softmax(scale * F F^T)_q``, and then ``w F``: half the work of
-    attention, and in chunks of queries no (S, S) matrix. A sample without text has no weights. Each sample is computed
-    by itself from the rows that it keeps: padding and batch mates do not change a bit of its key.
+    attention, and in chunks of queries no (S, S) matrix. A sample without text has no weights. On a CPU all is computed
+    in float64: how products are rounded depends on the shape of a batch, and that must not show in a key.
 
     Args:
         alpha: weight of the image's rows.
@@ -71,31 +70,42 @@ class AttentionPooledKey(nn.Module):
     ) -> Tensor:
         """Return one key per sample; samples do not influence one another, and padding nothing."""
         _check(image_features, image_mask, None, "image")
+        features, keep = _rows(image_features, image_mask)
+        share = _share(keep, features)
         if text_features is not None:
             _check(text_features, text_mask, image_features, "text")
-        images = _kept(image_features, image_mask)
-        texts = [] if text_features is None else _kept(text_features, text_mask)
-        keys = [self._pool(image, text) for image, text in zip_longest(images, texts)]
-        empty = image_features.new_zeros(0, image_features.shape[2])
-        return torch.stack(keys).to(image_features.dtype) if keys else empty
+            text, text_keep = _rows(text_features, text_mask)
+            told = text_keep.any(1)[:, None, None]
+            features = torch.cat([features * torch.where(told, self.alpha, 1.0), text * (1 - self.alpha)], 1)
+            keep = torch.cat([keep, text_keep], 1)
+            share = torch.cat([share, _share(text_keep, text)], 1)
+        weights = share if self.balance else keep.to(features.dtype)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        return self._pool(features, keep, weights).to(image_features.dtype)
 
-    def _pool(self, image: Tensor, text: Tensor | None) -> Tensor:
-        """Return the key (D,) of rows (N, D) and (T, D)."""
-        parts = [(image, 1.0)] if text is None or not len(text) else [(image, self.alpha), (text, 1 - self.alpha)]
-        wide = torch.promote_types(image.dtype, torch.float32)
-        features = torch.cat([nn.functional.normalize(rows.to(wide), dim=-1) * weight for rows, weight in parts])
-        share = torch.cat([features.new_full((len(rows),), 1 / max(len(rows), 1)) for rows, _ in parts])
-        weights = share / share.sum() if self.balance else torch.full_like(share, 1 / max(len(share), 1))
-        columns = torch.zeros_like(weights)  # (S,): how much each row is attended to
-        for at in range(0, len(features), self.CHUNK):
-            logits = self.scale * features[at : at + self.CHUNK] @ features.T
-            attention = torch.softmax(logits + weights.log() if self.balance else logits, dim=-1)
-            columns = columns + weights[at : at + self.CHUNK] @ attention
-        return columns @ features
+    def _pool(self, features: Tensor, keep: Tensor, weights: Tensor) -> Tensor:
+        bias = torch.zeros_like(weights).masked_fill(~keep, torch.finfo(weights.dtype).min)
+        if self.balance:
+            bias = bias + weights.clamp_min(torch.finfo(weights.dtype).tiny).log() * keep
+        columns = torch.zeros_like(weights)  # (B, S): how much each row is attended to
+        for at in range(0, features.shape[1], self.CHUNK):
+            logits = self.scale * features[:, at : at + self.CHUNK] @ features.transpose(1, 2)
+            attention = torch.softmax(logits + bias[:, None], dim=-1)
+            columns = columns + (weights[:, at : at + self.CHUNK, None] * attention).sum(1)
+        return (columns[:, None] @ features).squeeze(1)
 
 
-def _kept(features: Tensor, mask: Tensor | None) -> list[Tensor]:
-    return list(features) if mask is None else [rows[keep] for rows, keep in zip(features, mask, strict=True)]
+def _rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return rows of unit length, zero where they are left out, and which are kept."""
+    wide = torch.float64 if features.device.type == "cpu" else torch.promote_types(features.dtype, torch.float32)
+    rows = nn.functional.normalize(features.to(wide), dim=-1)
+    if mask is None:
+        return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+    return rows.masked_fill(~mask[..., None], 0.0), mask
+
+
+def _share(keep: Tensor, rows: Tensor) -> Tensor:
+    return keep.to(rows.dtype) / keep.sum(1, keepdim=True).clamp_min(1)
 
 
 def _check(features: Tensor, mask: Tensor | None, image: Tensor | None, name: str) -> None:
