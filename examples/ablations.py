@@ -9,9 +9,8 @@ and on the same batches, and is measured on held-out scenes of other handwriting
 (what entries are found by), `value` (what they hold), `exclusion` (may a sample retrieve itself in training) and
 `reader` (how well the language model reads, and how many pairs the connectors have).
 
-A finished cell is kept in OUTPUT/cells.jsonl and not run again: after a kill, give the same command. Another setting of
-the constants below, or other parts, are other cells. Expect `bank` about a fifth under the baseline in `arms`, and its
-controls near it; docs/explanation/what-reproduces.md shows every table over three seeds.
+A finished cell is kept in OUTPUT/cells.jsonl and not run again after a kill, unless constants below or parts changed.
+Expect `bank` a fifth under the baseline in `arms`, and its controls near it; docs/explanation/what-reproduces.md.
 """
 
 from __future__ import annotations
@@ -233,11 +232,10 @@ class World:
 
     def pixel_perceiver(self) -> FoldedPixelPerceiver:
         """The paper's value as its release makes it: an untrained Perceiver over raw pixels and caption bytes."""
-        latents, width = SMALL_SIZES.num_latents, SMALL_SIZES.latent_dim
+        sizes, width = SMALL_SIZES, SMALL_SIZES.latent_dim
         inner = PerceiverEncoder(
-            TOKEN_CHANNELS, num_latents=latents, latent_dim=width, num_self_attends=SMALL_SIZES.num_self_attends,
-            num_heads=SMALL_SIZES.num_heads, qk_channels=width, v_channels=width,
-        )  # fmt: skip
+            TOKEN_CHANNELS, sizes.num_latents, width, sizes.num_self_attends, 1, sizes.num_heads, width, width
+        )
         pixels = PixelPerceiver(inner, image_size=32, vocab_size=262)
         pixels.reset_parameters(self.seed)
         return FoldedPixelPerceiver(pixels)
