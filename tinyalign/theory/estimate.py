@@ -62,7 +62,9 @@ class _Constant(dict[str, Any]):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Estimate: candidates and details must stay as they were found, got a write. Copy with dict().")
 
-    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+    __setitem__ = __delitem__ = __ior__ = pop = popitem = clear = _refuse
+    update: Any = _refuse
+    setdefault: Any = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Constant, (dict(self),)

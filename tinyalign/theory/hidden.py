@@ -60,7 +60,7 @@ def hidden_columns(law: EllipticalCopula, numbers: list[IntArray] | None = None)
     rows = slice(None, None, max(1, math.ceil(n * s * d * size**2 / _WORK)))
     # e^(i w z) of all columns: its real and imaginary part are the features.
     waves = np.exp(1j * law.points[rows, :, None] * frequencies)
-    features = np.concatenate([waves.imag, waves.real], axis=2)
+    features = np.concatenate([np.imag(waves), np.real(waves)], axis=2)
     features -= features.mean(axis=0)
     left, right = features[:, :s].reshape(-1, s * size), features[:, s:].reshape(-1, d * size)
     count = len(left)
