@@ -173,7 +173,12 @@ def test_a_law_that_cannot_be_rebuilt_is_taken_as_it_is() -> None:
         def __init__(self, centre: float) -> None:
             super().__init__(centre, 1.0)
 
+    class Logged(Normal):
+        def __init__(self, loc: float, scale: float, validate_args: bool | None = None) -> None:
+            super().__init__(loc, torch.as_tensor(scale).exp(), validate_args=validate_args)
+
     assert kl_divergence(Kept(0.0), Kept(1.0)).value == 0.5
+    assert kl_divergence(Logged(0.0, 1.0), Logged(1.0, 1.0)).value == pytest.approx(0.5 * np.exp(-2.0), rel=1e-6)
     assert kl_divergence(Normal(0.0, 1.0), Independent(Kept(1.0), 0)).value == pytest.approx(0.5, abs=0.1)
 
 

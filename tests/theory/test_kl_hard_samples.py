@@ -125,12 +125,12 @@ def test_samples_too_few_for_a_fit_are_left_to_neighbours() -> None:
 def test_values_that_do_not_repeat_are_left_as_they_are() -> None:
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(50, 2)), rng.normal(size=(60, 2))
-    same = untied(p, q, 0)
+    same = untied(p, q)
     assert np.array_equal(same[0], p)
     assert np.array_equal(same[1], q)
     assert same[2] == ()
     q[:30, 0] = 0.25
-    spread = untied(p, q, 0)
+    spread = untied(p, q)
     assert np.array_equal(spread[0], p)
     assert np.array_equal(spread[1][30:], q[30:])
     others = np.r_[p[:, 0], q[30:, 0]]
@@ -157,3 +157,45 @@ def test_neighbours_are_corrected_unless_they_are_asked_for_plain() -> None:
     assert (knn.value, knn.method, knn.low) == (auto.value, auto.method, auto.low)
     assert plain.value == auto.candidates["plain"]
     assert abs(auto.value - 0.9) < 0.15 < abs(plain.value - 0.9)
+
+
+def test_a_tie_far_out_does_not_join_the_values_between() -> None:
+    rng = np.random.default_rng(1)
+    marked = rng.normal(size=(2, 5000))
+    marked[0] += 1
+    marked[:, :5] = 1e5
+    assert kl_from_samples(marked[0], marked[1]).value == pytest.approx(0.5, abs=0.08)
+    cauchy = rng.standard_cauchy((2, 20000))
+    cauchy[0] += 1
+    single = kl_from_samples(*cauchy.astype(np.float32)).value
+    assert single == pytest.approx(kl_from_samples(*cauchy).value, abs=0.005)
+    assert single == pytest.approx(np.log(1.25), abs=0.03)
+
+
+def test_values_are_not_spread_by_the_noise_that_made_them() -> None:
+    """Data of the generator that every example uses: its numbers must not come back."""
+    rng = np.random.default_rng(0)
+    p, q = rng.choice(4, 5000, p=[0.4, 0.3, 0.2, 0.1]).astype(float), rng.choice(4, 5000, p=[0.25] * 4).astype(float)
+    assert kl_from_samples(p, q).value == pytest.approx(0.1064, abs=0.05)
+    rng = np.random.default_rng(0)
+    p, q = (rng.random(5000) < 0.3).astype(float), (rng.random(5000) < 0.5).astype(float)
+    assert kl_from_samples(p, q).value == pytest.approx(0.0823, abs=0.05)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1e6 + 0.1])
+def test_a_column_that_never_varies_is_left_out(value: float) -> None:
+    """A mean of equal numbers is seldom that number: their standard deviation is not zero."""
+    pair = np.random.default_rng(0).normal(size=(2, 300, 2))
+    pair[:, :, 1] = value
+    result = kl_from_samples(pair[0], pair[1])
+    assert result.warned("copies")
+    assert result.value == kl_from_samples(pair[0, :, :1], pair[1, :, :1]).value
+
+
+def test_rounded_values_that_meet_by_chance_are_no_copies() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        pair = rng.normal(size=(2, 700, 3)).round(1)
+        result = kl_from_samples(pair[0], pair[1])
+        assert result.warned("rounded")
+        assert not result.warned("shared")

@@ -130,3 +130,24 @@ def test_what_does_not_repeat_is_returned_as_it_is() -> None:
     x = np.random.default_rng(0).normal(size=(3000, 3))
     for same in (x, x.astype(np.float32).astype(np.float64), np.ones((3000, 2))):
         assert spread_rounding(same).values is same
+
+
+def test_a_rounded_function_of_the_other_side_is_said() -> None:
+    z = np.random.default_rng(0).normal(size=1000)
+    assert mutual_information(z, z.round(1)).warned("law")
+    noisy = z + np.random.default_rng(1).normal(size=1000)
+    assert not mutual_information(z, noisy.round(1)).warned("law")
+
+
+def test_constants_beside_labels() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 600)
+    for x, y in (
+        (np.ones(600), labels),
+        (labels, np.ones((600, 2))),
+        (np.random.default_rng(1).normal(size=600), labels * 0),
+    ):
+        result = mutual_information(x, y)
+        assert (result.value, result.low, result.high) == (0.0, 0.0, 0.0)
+        assert result.warned("constant")
+    with pytest.raises(ValueError, match="x must"):
+        mutual_information(np.full(100, np.nan), np.zeros(100, int))

@@ -73,7 +73,7 @@ def hidden_columns(law: EllipticalCopula, numbers: list[IntArray] | None = None)
     clear = clearest > -float(stdtrit(count / 2, 0.5 * _LEVEL / deviation.size))
     if not clear.any():
         return None
-    used = _apart(law, np.where(clear, clearest, 0.0))
+    used = _apart(law, np.where(clear, clearest, 0.0), s)
     one, other = used[0] if numbers is None else (numbers[0][used[0][0]], numbers[1][used[0][1]])
     return Hidden(
         f"{'canonical ' if numbers is None else ''}columns {one} of x and {other} of y, the clearest of "
@@ -84,7 +84,7 @@ def hidden_columns(law: EllipticalCopula, numbers: list[IntArray] | None = None)
 
 def hidden_pool(law: EllipticalCopula) -> Hidden | None:
     """Find what the pairs of columns that correlate most hold beyond the law together; None where they fit it."""
-    used = _apart(law, np.abs(law.correlation[: law.split, law.split :]))[:_WIDEST]
+    used = _apart(law, np.abs(law.correlation[: law.split, law.split :]), _WIDEST)
     departure = pooled_departure(law, used)
     if departure < _POOLED:
         return None
@@ -92,8 +92,8 @@ def hidden_pool(law: EllipticalCopula) -> Hidden | None:
     return Hidden(said, [law.points[:, [one, law.split + other]] for one, other in used])
 
 
-def _apart(law: EllipticalCopula, score: FloatArray) -> list[tuple[int, int]]:
-    """Pairs of columns with a positive score, largest first, that hardly correlate on either side."""
+def _apart(law: EllipticalCopula, score: FloatArray, most: int) -> list[tuple[int, int]]:
+    """At most so many pairs of columns with a positive score, largest first, that hardly correlate on either side."""
     used: list[tuple[int, int]] = []
     s = law.split
     for place in np.argsort(-score, axis=None)[: int((score > 0).sum())]:
@@ -101,7 +101,7 @@ def _apart(law: EllipticalCopula, score: FloatArray) -> list[tuple[int, int]]:
         near = [max(abs(law.correlation[one, i]), abs(law.correlation[s + other, s + j])) for i, j in used]
         if max(near, default=0.0) < _APART:
             used.append((one, other))
-        if len(used) == min(score.shape):
+        if len(used) == min(*score.shape, most):
             break
     return used
 

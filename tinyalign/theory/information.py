@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _FAITHFUL = 4  # columns up to which the mixture estimator is taken as it is
 _WHOLE = 16  # columns up to which it is computed
 _ROSS_DIMENSIONS = 3
 _CLEARLY = 1.5  # standard errors
+_DETERMINED = 0.5  # of what rounded values can hold: from there on the other side may be what was rounded
 
 
 def mutual_information(x: Any, y: Any, method: str = "auto", *, k: int = 4, level: float = 0.95) -> Estimate:
@@ -138,6 +140,7 @@ class _Side(NamedTuple):
     values: Any
     kind: str
     warnings: tuple[str, ...] = ()
+    entropy: float = math.inf  # of rounded values on a line, in nats: more cannot be said of them
 
 
 def _read(values: Any, name: str) -> _Side:
@@ -162,7 +165,11 @@ def _read(values: Any, name: str) -> _Side:
             f"ties: {atoms} of {columns} columns of {name} hold values that many samples share, so they were read as a "
             "mixture of discrete and continuous parts",
         )
-    return _Side(values, "tied" if atoms else "rounded" if rounded else "continuous", lines)
+    entropy = math.inf
+    if rounded and columns == 1:
+        shares = np.unique(matrix, return_counts=True)[1] / len(matrix)
+        entropy = float(-(shares * np.log(shares)).sum())
+    return _Side(values, "tied" if atoms else "rounded" if rounded else "continuous", lines, entropy)
 
 
 def _sides(x: Any, y: Any) -> tuple[_Side, _Side]:
@@ -180,6 +187,12 @@ def _sides(x: Any, y: Any) -> tuple[_Side, _Side]:
 
 def _said(found: Estimate, *sides: _Side) -> Estimate:
     lines = tuple(line for side in sides for line in side.warnings)
+    least = min(side.entropy for side in sides)
+    if found.value > _DETERMINED * least:
+        lines += (
+            f"law: the information nears the {least:.2f} nats that rounded values hold; where one side is a rounded "
+            "function of the other it is all of them, which spreading hides. Try method='mixed'",
+        )
     return replace(found, warnings=found.warnings + lines) if lines else found
 
 
@@ -203,6 +216,8 @@ def _mixture(x: FloatArray, y: FloatArray, k: int, level: float) -> Estimate:
     width = x.shape[1] + y.shape[1]
     ranked = _continuous(x, y, "auto", k, level)
     candidates = {**ranked.candidates, ranked.method: ranked.value}
+    line = "law: ranks whose ties are broken at random were read; atoms on both sides make them say too much"
+    ranked = replace(ranked, warnings=(*ranked.warnings, line))
     if width > _WHOLE:  # where neighbours find next to nothing
         return replace(ranked, candidates=candidates)
     near = mixed_ksg(x, y, k=k, level=level)
@@ -213,8 +228,10 @@ def _mixture(x: FloatArray, y: FloatArray, k: int, level: float) -> Estimate:
 
 def _labelled(side: _Side, labels: Any, method: str, k: int, level: float) -> Estimate:
     x, codes = as_numpy(side.values), as_labels(labels, "mutual_information", "y")
-    if method == "auto" and codes.max() == 0 and len(codes) == len(x):
-        line = "constant: all labels are one, which nothing can say more of"
+    matrix = as_matrix(x, "mutual_information", "x")
+    same = codes.max() == 0 or not np.ptp(matrix, axis=0).any()
+    if method == "auto" and same and len(codes) == len(x):
+        line = "constant: all labels, or all features, are one value, which nothing can say more of"
         return Estimate(0.0, 0.0, 0.0, method="constant", n=len(codes), warnings=(line,), level=level, std_error=0.0)
     if method == "classifier":
         return classifier_information(x, labels, level=level)

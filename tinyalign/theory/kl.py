@@ -266,6 +266,8 @@ def _between_laws(p: Any, q: Any, samples: int, method: str, seed: int | None) -
 def _in_double(law: Distribution) -> Distribution | None:
     """Rebuild the law from its parameters in float64; None where its constructor asks for what it does not keep."""
     kind = type(law)
+    if not kind.__module__.startswith("torch.distributions"):  # what others' constructors make of a parameter is theirs
+        return None
     asked = inspect.signature(kind).parameters
     # Of parameters that follow from one another (probs, logits) a law sets first the one that it was made from.
     source = next((name for name in _lazy(law) if name in asked), None)

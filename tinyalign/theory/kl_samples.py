@@ -65,7 +65,7 @@ def kl_from_samples(
             Gaussian copulas) or ``"surrogate"`` (normal fits and what neighbours say they missed).
         k: which neighbour.
         level: nominal coverage.
-        seed: seed of the surrogate draws and of the noise that spreads values that repeat.
+        seed: seed of the surrogate draws.
 
     Shape:
         p_samples: (n,) or (n, d). q_samples: (m,) or (m, d).
@@ -102,7 +102,7 @@ def kl_from_samples(
             "Use the same features for both."
         )
     method = "auto" if method == "knn" else method
-    warnings = constant_warning(p, "p_samples") + constant_warning(q, "q_samples") + shared_warning(p, q)
+    warnings = constant_warning(p, "p_samples") + constant_warning(q, "q_samples")
     p, q, dropped = _own_columns(p, q)
     if dropped:
         warnings += (f"copies: {dropped} columns are constant or combinations of others in both and were left out",)
@@ -116,8 +116,9 @@ def kl_from_samples(
             "density; the divergence is infinite",
         )
         return Estimate(math.inf, math.inf, math.inf, method="degenerate", n=n, warnings=warnings, level=level)
-    p, q, lines = untied(p, q, seed)
-    warnings += lines
+    shared = shared_warning(p, q)
+    p, q, rounded = untied(p, q)
+    warnings += rounded or shared
     columns = p, q
     least = min(n, len(q))
     # Whitening by q changes no divergence and makes the max-norm balls fit.
@@ -201,7 +202,7 @@ def _missed(data: FloatArray, drawn: Callable[[], FloatArray], m: int, value: fl
 def _own_columns(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, int]:
     """Leave out columns that do not vary, or are combinations of those before them, in both samples together."""
     both = np.vstack([p, q])
-    spread = both.std(axis=0)
+    spread = np.where(np.ptp(both, axis=0) > 0, both.std(axis=0), 0.0)
     centred = (both - both.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     own = np.abs(np.diag(np.linalg.qr(centred, mode="r"))) > _FLAT * math.sqrt(len(both))
     kept = np.zeros(len(spread), dtype=bool)

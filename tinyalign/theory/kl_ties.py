@@ -5,23 +5,25 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyalign.theory._input import column_generator
+
 __all__ = ["constant_warning", "shared_warning", "untied"]
 
 FloatArray = NDArray[np.float64]
 _TIED = 0.01  # of the values or rows, from which it is said
-_SAME = 1e-7  # of a column's range: values that rounding in a sum keeps apart
+_SAME = 1e-12  # of the distance of a column's quartiles: values that rounding in a sum keeps apart
 
 
-def untied(p: FloatArray, q: FloatArray, seed: int) -> tuple[FloatArray, FloatArray, tuple[str, ...]]:
+def untied(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, tuple[str, ...]]:
     """Spread values that repeat evenly over the gap to the next value.
 
     Half precision, decimals and pixels put samples at distance zero, where neighbours see an infinite density. What is
-    spread still tells the value that it was, in both laws by the same rule, so that no divergence changes.
+    spread still tells the value that it was, in both laws by the same rule, so that no divergence changes. The noise is
+    drawn from each column's own content.
 
     Args:
         p: samples of p.
         q: samples of q.
-        seed: of the noise.
 
     Returns:
         Both samples and what is to be said of them; without a repeated value they are returned as they are.
@@ -31,24 +33,24 @@ def untied(p: FloatArray, q: FloatArray, seed: int) -> tuple[FloatArray, FloatAr
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(2, 500, 1)).round(1)
-        >>> p, _, warnings = untied(x[0], x[1], 0)
+        >>> p, _, warnings = untied(x[0], x[1])
         >>> len(np.unique(p)), bool(np.abs(p - x[0]).max() < 0.2), warnings[0][:7]
         (500, True, 'rounded')
     """
     both = np.vstack([p, q])
-    rng = np.random.default_rng(seed)
     rounded = 0
     for column in range(both.shape[1]):
         values, place, counts = np.unique(both[:, column], return_inverse=True, return_counts=True)
         if len(values) == len(both):
             continue
-        apart = np.diff(values, prepend=-np.inf) > _SAME * (values[-1] - values[0])
+        low, high = np.quantile(both[:, column], [0.25, 0.75])
+        apart = np.diff(values, prepend=-np.inf) > _SAME * ((high - low) or values[-1] - values[0])
         group = (np.cumsum(apart) - 1)[place.reshape(-1)]
         values, counts = values[apart], np.bincount(group)
         steps = np.diff(values)
         gaps = np.minimum(np.append(steps, steps[-1]), np.append(steps[0], steps))
         reach = np.where(counts > 1, gaps, 0.0)[group]
-        both[:, column] = values[group] + reach * rng.uniform(-0.5, 0.5, len(both))
+        both[:, column] = values[group] + reach * column_generator(both[:, column]).uniform(-0.5, 0.5, len(both))
         rounded += any(len(np.unique(side)) < (1 - _TIED) * len(side) for side in np.split(group, [len(p)]))
     if not rounded:
         return both[: len(p)], both[len(p) :], ()
