@@ -66,7 +66,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"replace_directory: path must be a directory, got the file {path}. Choose another path.")
+        raise FileExistsError(f"save: path must be a directory, got the file {path}. Choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyalign.memory import BankError, MemoryBank, certified, retrieval
+from tinyalign.memory.contents import Contents
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,22 @@ def test_certified_equals_exact(kind, num, metric):
         agree(bank, queries, k)
     assert bank.neighbours(queries[:0], 3, method="certified").ids.shape == (0, 3)
     agree(bank, queries, 4, exclude_ids=[list(range(r, min(num, r + 90))) for r in range(7)][: len(queries)])
+
+
+def test_approximate_search_does_not_measure_all_keys(monkeypatch):
+    bank = bank_of(torch.randn(200, 8), metric="ip")
+    bank.build_index("Flat")
+    queries = torch.randn(3, 8)
+    expected = bank.neighbours(queries, 4)
+
+    def measured(self):
+        raise AssertionError("all keys were measured")
+
+    monkeypatch.setattr(Contents, "longest_key", measured)
+    assert torch.equal(bank.neighbours(queries, 4, method="approximate").ids, expected.ids)
+    for options in ({}, {"method": "certified"}):
+        with pytest.raises(AssertionError, match="all keys were measured"):
+            bank.neighbours(queries, 4, **options)
 
 
 def test_certified_over_batches_segments_and_changes(monkeypatch):

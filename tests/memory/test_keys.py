@@ -81,6 +81,19 @@ def test_half_precision_keeps_its_dtype(dtype):
     torch.testing.assert_close(found.float(), AttentionPooledKey()(image), atol=0.02, rtol=0)
 
 
+def test_the_default_dtype_does_not_show():
+    key, image, text = AttentionPooledKey(0.3), torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    mask = torch.tensor([[True] * 4, [False] * 4, [True] * 4])
+    expected = key(image.double(), text.double(), text_mask=mask)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(key(image.double(), text.double(), text_mask=mask), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_compiles_whole_and_has_no_weights():
     key = AttentionPooledKey()
     assert not list(key.parameters())

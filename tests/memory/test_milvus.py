@@ -111,6 +111,32 @@ def test_a_server_holds_values_in_16_bits(tmp_path, monkeypatch):
 
 
 @needs_milvus
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((4.7, (1, 2)), "key_dim must be an integer, got 4.7"),
+        ((True, (1, 2)), "key_dim must be an integer, got True"),
+        ((4, (1, 2.5)), r"value_shape must be integers, got \(1, 2.5\)"),
+    ],
+)
+def test_sizes_that_are_none_are_refused_before_a_collection_is_made(tmp_path, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        milvus(tmp_path / "bank.db", *sizes)
+    with pytest.raises(BankError, match="collection must exist"):
+        milvus(tmp_path / "bank.db")
+
+
+@needs_milvus
+@pytest.mark.parametrize("flags", [[True, None, False], np.array(["a", "b", "c"]), [[True], [True, False]]])
+def test_flags_that_no_tensor_holds_are_refused(tmp_path, flags):
+    bank = milvus(tmp_path / "bank.db", 3, (1,))
+    bank.add(torch.eye(3), torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"where must be .*, got (\[|array\()"):
+        bank.neighbours(torch.eye(3), where=flags)
+    bank.close()
+
+
+@needs_milvus
 def test_a_collection_of_another_make(tmp_path):
     with pytest.raises(BankError, match="collection must exist, or key_dim and value_shape be given, got 'tinyalign'"):
         milvus(tmp_path / "bank.db")

@@ -95,6 +95,23 @@ def test_a_table_never_takes_the_place_of_anything_else(random_bank, tmp_path):
         precompute_neighbours(bank, queries, 2, path=tmp_path / "empty")
 
 
+def test_a_damaged_table_can_be_made_anew(random_bank, tmp_path):
+    bank, queries, path = random_bank(), torch.randn(2, 8), tmp_path / "t"
+    precompute_neighbours(bank, queries, 2, path=path)
+    whole = (path / "table.json").read_bytes()
+    for left in (0, 1, len(whole) // 2):
+        (path / "table.json").write_bytes(whole[:left])
+        with pytest.raises(BankError, match=r"table\.json"):
+            NeighbourTable.load(path)
+        (path / "notes.txt").write_text("mine")
+        with pytest.raises(BankError, match=r"hold a neighbour table alone, got .*holding 'notes\.txt'"):
+            precompute_neighbours(bank, queries, 2, path=path)
+        (path / "notes.txt").unlink()
+        assert len(precompute_neighbours(bank, queries, 2, path=path)) == 2
+    (path / "ids.bin").unlink()
+    precompute_neighbours(bank, queries, 2, path=path).verify(path)
+
+
 def test_a_full_disk_leaves_the_old_table(random_bank, tmp_path, monkeypatch):
     bank, path = random_bank(), tmp_path / "t"
     precompute_neighbours(bank, torch.randn(3, 8), 2, path=path)

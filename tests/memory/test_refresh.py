@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tinyalign.memory import BankError, EncodedBatch, KeyTransform, MemoryBank, StaleBankError
+from tinyalign.memory import refresh as engine
 
 
 def made_by(turn, shift=0.0):
@@ -287,6 +288,31 @@ def test_a_fingerprint_that_no_longer_holds_is_warned_of(tmp_path):
     assert [each.filename for each in caught if each.category is UserWarning] == [__file__]
     with pytest.warns(UserWarning, match="moved by inf times their size"):
         bank.refresh(wider, progress=False)
+
+
+def test_a_warning_made_an_error_leaves_the_bank_where_it_can_be_mended(tmp_path):
+    bank = bank_by(made_by(0.0), fingerprint={"key.encoder": "old"})
+    bank.save(tmp_path / "bank")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match=r"Set bank\.fingerprint\['key\.encoder'\]"):
+            bank.refresh(made_by(0.5), progress=False)
+    assert bank.generation == 2
+    assert bank.check(made_by(0.5), n=20).key_largest < 1e-6
+    bank.fingerprint["key.encoder"] = "new"
+    assert bank.commit() == 3
+    assert MemoryBank.load(tmp_path / "bank").fingerprint == {"key.encoder": "new"}
+
+
+def test_one_batch_says_whether_the_encoder_moved(tmp_path, monkeypatch):
+    bank, asked, moved = bank_by(made_by(0.0), fingerprint={"key.a": 1, "value.a": 1}), [], engine._moved
+    bank.save(tmp_path / "bank")
+    monkeypatch.setattr(engine, "_moved", lambda *given: asked.append(given[3]) or moved(*given))
+    with pytest.warns(UserWarning, match="moved by") as caught:
+        bank.refresh(made_by(0.5, shift=1.0), batch_size=4, progress=False)
+    assert sorted(asked) == ["keys", "values"]
+    told = [str(each.message) for each in caught if each.category is UserWarning]
+    assert [message.split("the new ")[1].split(",")[0] for message in told] == ["keys", "values"]
 
 
 def test_what_a_refresh_of_an_earlier_generation_left_is_cleared_away(tmp_path, monkeypatch):

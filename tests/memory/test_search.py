@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tinyalign.memory import FingerprintMismatch, MemoryBank
+from tinyalign.memory import FingerprintMismatch, MemoryBank, certified, retrieval
 from tinyalign.memory import search as engine
 
 
@@ -90,7 +91,10 @@ def test_laws_of_exclusion(keys, queries, k, max_score, data):
 
 @pytest.mark.parametrize("method", ["exact", "certified"])
 @pytest.mark.parametrize(("others", "kept"), [(300, 410), (3000, 200)])
-def test_equal_keys_go_by_row_whatever_the_batch(method, others, kept):
+def test_equal_keys_go_by_row_whatever_the_batch(monkeypatch, method, others, kept):
+    searched, top_rows = [], certified.CertifiedSearch.top_rows
+    monkeypatch.setattr(retrieval, "int8_pays", lambda: True)
+    monkeypatch.setattr(certified.CertifiedSearch, "top_rows", lambda *a: searched.append(1) or top_rows(*a))
     torch.manual_seed(0)
     bank = MemoryBank(48, (1,))
     keys = torch.cat([torch.randn(10, 48), torch.randn(1, 48).expand(100, 48), torch.randn(others, 48)])
@@ -100,6 +104,7 @@ def test_equal_keys_go_by_row_whatever_the_batch(method, others, kept):
     for options in ({"method": method}, {"where": where}, {"where": where.numpy()}):
         assert bank.neighbours(queries, 5, **options).ids.tolist() == [list(range(10, 15))] * 7
         assert bank.neighbours(queries[:1], 5, **options).ids.tolist() == [list(range(10, 15))]
+    assert len(searched) == (2 if method == "certified" else 0)
 
 
 def test_a_score_limit_with_many_duplicates_still_finds_the_rest():
@@ -260,6 +265,14 @@ def test_fingerprint_of_a_query(random_bank):
         (torch.ones(2, 8), {"max_score": "high"}, ValueError, "max_score must be a number, got 'high'"),
         (torch.ones(2, 8), {"max_score": float("nan")}, ValueError, "max_score must be a number, got nan"),
         (torch.ones(2, 8), {"where": "all"}, ValueError, "where must be a bool tensor .* got 'all'"),
+        (
+            torch.ones(2, 8),
+            {"where": [True, None] * 20},
+            ValueError,
+            r"where must be a bool tensor .* got \[True, None,",
+        ),
+        (torch.ones(2, 8), {"where": np.array(["a"] * 40)}, ValueError, r"where must be a bool tensor .* got array\("),
+        (torch.ones(2, 8), {"where": [[True], [True, False]]}, ValueError, r"where must be .* got \[\[True\], \[True,"),
         (torch.ones(2, 8), {"exclude_ids": [1]}, ValueError, r"one row per query, got shape \(1, 1\) for 2 queries"),
         (torch.ones(2, 8), {"exclude_ids": [[1.5], []]}, TypeError, "exclude_ids must hold integers, got 1.5"),
         (torch.ones(1, 8), {"exclude_ids": 100}, TypeError, "exclude_ids must be a list or tensor, got 100. Pass one"),

@@ -128,7 +128,44 @@ def bert_folder(tmp_path_factory):
     return saved
 
 
-@pytest.mark.parametrize("model", ["bert_folder", "clip_folder", "folder"])
+def static(words, normaliser=None):
+    """Embeddings of whole words, equal for all, and the tokenizer that says whose they are."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if normaliser is not None:
+        tokenizer.normalizer = normaliser
+    weights = torch.arange(12.0).sin().reshape(4, 3)
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def static_folder(tmp_path_factory):
+    """Static embeddings with a tokenizer of the tokenizers library, saved as a user's would be."""
+    path = tmp_path_factory.mktemp("static")
+    static(["[UNK]", "a", "red", "blue"]).save(str(path))
+    return path
+
+
+def test_the_fingerprint_names_a_bare_tokenizer():
+    from tokenizers import normalizers
+
+    words, text = ["[UNK]", "a", "red", "blue"], ["a Red red"]
+    models = [static(words), static(words[:2] + words[:1:-1]), static(words, normalizers.Lowercase())]
+    first, *others = keys = [SentenceTransformerKey(model) for model in models]
+    assert len({tuple(key.keys(text)[0].tolist()) for key in keys}) == 3
+    before = first.fingerprint()
+    assert SentenceTransformerKey(static(words)).fingerprint() == before
+    for other in others:
+        after = other.fingerprint()
+        assert {name for name in after if after[name] != before[name]} == {"key.processor"}
+    assert others[0].fingerprint() != others[1].fingerprint()
+
+
+@pytest.mark.parametrize("model", ["bert_folder", "clip_folder", "folder", "static_folder"])
 def test_the_fingerprint_stays_where_nothing_of_the_model_changes(request, model, tmp_path):
     import shutil
 

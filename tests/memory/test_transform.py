@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ def test_centring_takes_the_mean_of_unit_keys_away(crowded):
 
 def test_fewer_dimensions_keep_the_widest(crowded):
     transform = KeyTransform.fit(crowded, metric="ip", dim=2)
+    assert KeyTransform.fit(crowded, metric="ip", dim=np.int64(2)) == transform
     kept = transform(crowded).double()
     spread = torch.linalg.svdvals(crowded.double() - crowded.double().mean(0)) ** 2
     assert float((kept - kept.mean(0)).square().sum()) == pytest.approx(float(spread[:2].sum()), rel=1e-4)
@@ -117,6 +119,8 @@ def test_packed_is_undone():
         (lambda: KeyTransform.fit(torch.zeros(0, 3)), r"keys must have shape \(M, D\), got \(0, 3\)"),
         (lambda: KeyTransform.fit(torch.ones(2, 3), dim=4), "dim must be from 1 to 3, got 4"),
         (lambda: KeyTransform.fit(torch.ones(2, 3), dim=1.5), "dim must be from 1 to 3, got 1.5"),
+        (lambda: KeyTransform.fit(torch.ones(2, 3), dim=2.0), "dim must be from 1 to 3, got 2.0"),
+        (lambda: KeyTransform.fit(torch.ones(2, 3), dim=True), "dim must be from 1 to 3, got True"),
         (lambda: KeyTransform.fit(torch.tensor([[1.0], [float("nan")]])), "keys must be finite, .* in row 1"),
         (lambda: KeyTransform.fit(torch.ones(2, 3), metric="l2"), "metric must be 'cosine' or 'ip', got 'l2'. Pass"),
         (lambda: MemoryBank(3, (1,), transform=KeyTransform(torch.zeros(2))), "keys of width 3, got 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,7 @@ class MemoryBank:
             queries, k, exclude_ids=exclude_ids, exclude_groups=exclude_groups, where=where,
             max_score=max_score, method=method, fingerprint=fingerprint,
         )  # fmt: skip
-        values, _ = self.gather(found.ids)
-        return Hits(found.scores, found.ids, values, found.mask)
+        return Hits(found.scores, found.ids, self.gather(found.ids)[0], found.mask)
 
     def neighbours(
         self,
@@ -260,8 +260,7 @@ class MemoryBank:
 
     def keys(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return stored (transformed) keys as float32, (n, D), for the given ids or all entries."""
-        where = "MemoryBank.keys"
-        rows = self._contents.table.live_rows() if ids is None else self._contents.rows_of(ids, where)
+        rows = self._contents.table.live_rows() if ids is None else self._contents.rows_of(ids, "MemoryBank.keys")
         return self._contents.keys_at(torch.from_numpy(rows))
 
     def project(self, queries: Tensor) -> Tensor:
@@ -315,10 +314,9 @@ class MemoryBank:
     def compact(self) -> int:
         """Rewrite the entries without the removed ones, as one segment; returns how many rows were dropped."""
         dropped = self._contents.table.total - len(self)
-        if self._home is None:
+        if (home := self._home) is None:
             self._contents = saving.compacted(self._contents)
             return dropped
-        home = self._home
         saving.save_all(self._contents, self.fingerprint, home.directory, "MemoryBank.compact", expected=home)
         self._reopen(home.directory, mapped=home.mapped, caller="MemoryBank.compact")
         return dropped
@@ -351,11 +349,13 @@ class MemoryBank:
         home = self._saved(where)
         self.commit()
         prints = {**self.fingerprint, **checked_fingerprint(fingerprint, where)}
-        refresh_bank(
+        unnamed = refresh_bank(
             self._contents, self._home or home, prints, encode, part=part, records=records,
             batch_size=batch_size, commit_every=commit_every, resume=resume, progress=progress,
         )  # fmt: skip
         self._reopen(home.directory, mapped=home.mapped, caller=where)
+        for message in unnamed:
+            warnings.warn(message, stacklevel=2)
         return self.generation
 
     def verify(self) -> VerifyReport:

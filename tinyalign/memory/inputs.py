@@ -148,3 +148,13 @@ def _odd_keys(value: Any) -> Iterator[tuple[Any]]:
     if isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _odd_keys(part)
+
+
+def as_flags(where: Any) -> Tensor | None:
+    """Return an array or list as a tensor; None where it is none, or holds what a tensor cannot."""
+    if not isinstance(where, (Tensor, np.ndarray, list)):
+        return None
+    try:
+        return torch.as_tensor(where)
+    except (TypeError, ValueError, RuntimeError):
+        return None

@@ -76,7 +76,7 @@ class AttentionPooledKey(nn.Module):
             _check(text_features, text_mask, image_features, "text")
             text, text_keep = _rows(text_features, text_mask)
             told = text_keep.any(1)[:, None, None]
-            features = torch.cat([features * torch.where(told, self.alpha, 1.0), text * (1 - self.alpha)], 1)
+            features = torch.cat([torch.where(told, features * self.alpha, features), text * (1 - self.alpha)], 1)
             keep = torch.cat([keep, text_keep], 1)
             share = torch.cat([share, _share(text_keep, text)], 1)
         weights = share if self.balance else keep.to(features.dtype)

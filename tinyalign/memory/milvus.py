@@ -13,7 +13,7 @@ from torch import Tensor
 from tinyalign.memory import inputs
 from tinyalign.memory.bank import MemoryBank
 from tinyalign.memory.collection import CALLER, ROWS_AT_ONCE, Collection
-from tinyalign.memory.contents import BankSpec, Contents
+from tinyalign.memory.contents import BankSpec, Contents, spec_for
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.exclusion import padded_ids
 from tinyalign.memory.fingerprint import Fingerprint, checked_fingerprint, require_match
@@ -75,8 +75,7 @@ class MilvusMemoryBank:
                     f"{CALLER}: collection must exist, or key_dim and value_shape be given, got {collection!r} in "
                     f"{uri!r}. Give the sizes to create it."
                 )
-            shape = tuple(int(size) for size in value_shape)
-            spec = BankSpec(int(key_dim), shape, metric or "cosine", self.key_dtype, self.value_dtype)
+            spec = spec_for(key_dim, value_shape, metric or "cosine", self.key_dtype, self.value_dtype, None)
             prints = checked_fingerprint(fingerprint, CALLER)
             self._collection.create(spec, prints, dict(index or {"index_type": "FLAT"}))
         found: tuple[BankSpec, Fingerprint] = self._collection.open()
@@ -252,7 +251,7 @@ class MilvusMemoryBank:
             kept = [int(row["id"]) for row in self._collection.all(["id", "note"]) if where(_note(row))]
         else:
             ids = self.ids
-            flags = torch.as_tensor(where) if isinstance(where, (Tensor, np.ndarray, list)) else None
+            flags = inputs.as_flags(where)
             if flags is None or flags.dtype != torch.bool or flags.shape != ids.shape:
                 found = repr(where) if flags is None else f"{flags.dtype} {tuple(flags.shape)}"
                 raise ValueError(

@@ -232,9 +232,9 @@ def precompute_neighbours(
 
 def _free(directory: Path, where: str) -> Path:
     """Return a directory that does not exist, is empty or holds a table; nothing else may be replaced."""
-    facts = directory / "table.json"
-    ours = {facts.name, *COLUMNS} if facts.is_file() and FORMAT.encode() in facts.read_bytes() else set()
-    found = sorted({entry.name for entry in directory.iterdir()} - ours) if directory.is_dir() else []
+    facts, inside = directory / "table.json", {e.name for e in directory.iterdir()} if directory.is_dir() else set()
+    ours = facts.is_file() and (inside >= set(COLUMNS) or FORMAT.encode() in facts.read_bytes())  # damaged or not
+    found = sorted(inside - {facts.name, *COLUMNS} if ours else inside)
     if found or (directory.exists() and not directory.is_dir()):
         holding = f"{str(directory)!r} holding {found[0]!r}" if found else f"the file {str(directory)!r}"
         raise BankError(

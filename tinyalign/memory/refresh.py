@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,8 +125,8 @@ def refresh_bank(
     commit_every: int,
     resume: bool,
     progress: bool,
-) -> None:
-    """Encode every entry again and publish keys, values or both as the bank's next generation."""
+) -> list[str]:
+    """Encode every entry again and publish keys, values or both as the next generation; returns what to warn of."""
     where = "MemoryBank.refresh"
     if part not in PARTS:
         raise ValueError(f"{where}: part must be one of {', '.join(PARTS)}, got {part!r}. Say what to make anew.")
@@ -138,8 +137,8 @@ def refresh_bank(
     def again(batch: list[Any]) -> EncodedBatch:
         rows = np.asarray([row for row, _ in batch])
         made = as_batch(encode([record for _, record in batch]), where)
-        for name in unnamed:
-            moved.setdefault(name, _moved(contents, rows, made, name, where))
+        for name in unnamed.difference(moved):
+            moved[name] = _moved(contents, rows, made, name, where)
         keys = torch.ones(len(rows), 1) if part == "values" else made.keys
         values = torch.ones(len(rows), 1) if part == "keys" else made.values
         ids, groups = (table.column(name)[rows].tolist() for name in ("ids", "groups"))
@@ -183,25 +182,23 @@ def refresh_bank(
         where=where,
         called=lambda index: f"entry {entries.ids[index]}",
     )
-    for name, share in moved.items():
-        if share > SAME:
-            field = f"{name[:-1]}.encoder"
-            message = (
-                f"{where}: fingerprint must name what made the new {name}, got the old fields for {name} that moved by "
-                f"{share:.2g} times their size. Set bank.fingerprint[{field!r}] or the like, and commit()."
-            )
-            warnings.warn(message, stacklevel=3)
-
-
-def _unnamed(old: Fingerprint, new: Fingerprint, part: str) -> list[str]:
-    """Return which of keys and values are made anew although the fields that name their maker stay as they are."""
     return [
+        f"{where}: fingerprint must name what made the new {name}, got the old fields for {name} that moved by "
+        f"{share:.2g} times their size. Set bank.fingerprint['{name[:-1]}.encoder'] or the like, and commit()."
+        for name, share in sorted(moved.items())
+        if share > SAME
+    ]
+
+
+def _unnamed(old: Fingerprint, new: Fingerprint, part: str) -> set[str]:
+    """Return which of keys and values are made anew although the fields that name their maker stay as they are."""
+    return {
         name
         for name, prefix in (("keys", "key."), ("values", "value."))
         if part in (name, "both")
         and any(field.startswith(prefix) for field in old)
         and not differing_fields(old, new, prefix)
-    ]
+    }
 
 
 def _moved(contents: Contents, rows: np.ndarray, made: EncodedBatch, part: str, where: str) -> float:

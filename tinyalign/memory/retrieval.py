@@ -110,19 +110,21 @@ def top_rows(contents: Contents, queries: Tensor, k: int, limits: Limits, method
     table, count = contents.table, queries.shape[0]
     ids = padded_ids(limits.exclude_ids, count, CALLER, "exclude_ids")
     groups = padded_ids(limits.exclude_groups, count, CALLER, "exclude_groups")
-    bounds = Bounds(_checked_score(limits.max_score), contents.longest_key())
-    if limits.where is None and bounds.max_score is None and method != "exact":
+    max_score = _checked_score(limits.max_score)
+    if limits.where is None and max_score is None and method != "exact":
         banned = banned_rows(table, ids, groups, table.dead)
         if method == "approximate":
             return current_index(contents).top_rows(queries, table, k, banned)
         if int8_pays() and contents.spec.key_dim > 1:  # torch's int8 product is wrong at width 1
-            return current_certificates(contents).top_rows(queries, table, k, banned, bounds)
-    if limits.where is None:
-        return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, table.dead), bounds)
-    allowed = allowed_rows(contents, limits.where)
-    if len(allowed) < FEW * table.total and bounds.max_score is None:
-        return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead), bounds)
-    everywhere = np.setdiff1d(np.arange(table.total), allowed, assume_unique=True)
+            longest = contents.longest_key()
+            return current_certificates(contents).top_rows(queries, table, k, banned, Bounds(None, longest))
+    everywhere = table.dead
+    if limits.where is not None:
+        allowed = allowed_rows(contents, limits.where)
+        if len(allowed) < FEW * table.total and max_score is None:
+            return few_rows(queries, table, k, allowed, banned_rows(table, ids, groups, table.dead))
+        everywhere = np.setdiff1d(np.arange(table.total), allowed, assume_unique=True)
+    bounds = Bounds(max_score, contents.longest_key())
     return exact_top_rows(queries, table, k, banned_rows(table, ids, groups, everywhere), bounds)
 
 
@@ -155,7 +157,7 @@ def allowed_rows(contents: Contents, where: Where) -> np.ndarray:
     """Return the live rows that a filter keeps, ascending."""
     live = contents.table.live_rows()
     if not callable(where):
-        flags = torch.as_tensor(where) if isinstance(where, (Tensor, np.ndarray, list)) else None
+        flags = inputs.as_flags(where)
         if flags is None or flags.dtype != torch.bool or tuple(flags.shape) != (len(live),):
             found = repr(where) if flags is None else f"{flags.dtype} {tuple(flags.shape)}"
             raise ValueError(

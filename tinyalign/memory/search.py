@@ -20,7 +20,8 @@ CHUNK = 64  # the maxima of chunks are compared before their members
 SPARE = 8  # candidates beyond k, so that the exact scores decide the order
 ROUNDING = 2e-6  # of |query| |key|: forty times what float32 products of 1,152 numbers were seen to miss
 UNIT = 1.01  # no unit key is longer when rounded to 16 bits
-SCORES_HELD = 16 << 20  # of queries that are searched again, at most
+SCORES_HELD = 16 << 20  # of queries that are searched again, at most,
+FEWEST_HELD = 8  # but of so many queries, however many rows
 
 
 class TopRows(NamedTuple):
@@ -131,7 +132,7 @@ def _some_queries(queries: Tensor, table: RowTable, k: int, banned: Banned, boun
             rows = rows.gather(1, at)
     top = rescored(queries, table, best, rows, k, bounds.max_score)
     open_ = unsettled(best, top, slack) if best.shape[1] == wanted else []
-    held = max(1, SCORES_HELD // max(1, table.total))
+    held = max(FEWEST_HELD, SCORES_HELD // max(1, table.total))
     for begin in range(0, len(open_), held):
         some = open_[begin : begin + held]
         mine = np.isin(banned.queries, some)
@@ -214,7 +215,7 @@ def _exact_scores(queries: Tensor, table: RowTable, rows: Tensor) -> Tensor:
     return scores
 
 
-def few_rows(queries: Tensor, table: RowTable, k: int, allowed: np.ndarray, banned: Banned, bounds: Bounds) -> TopRows:
+def few_rows(queries: Tensor, table: RowTable, k: int, allowed: np.ndarray, banned: Banned) -> TopRows:
     """The same when a filter leaves only ``allowed`` rows: gather them once instead of scoring all rows."""
     rows = torch.from_numpy(allowed)
     keys = table.gather(rows, "keys").to(torch.float32)
@@ -224,6 +225,7 @@ def few_rows(queries: Tensor, table: RowTable, k: int, allowed: np.ndarray, bann
     scores[torch.from_numpy(banned.queries[inside]), torch.from_numpy(position[inside])] = float("-inf")
     best, at = best_of(scores, k + SPARE)
     top = rescored(queries, table, best, rows[at], k)
+    bounds = Bounds(None, float(keys.norm(dim=-1).max()) if len(keys) else 0.0)
     some = unsettled(best, top, bounds.slack(queries)) if best.shape[1] == k + SPARE else []
     if some:
         _search_again(top, queries, table, k, some, scores[some], bounds, rows)

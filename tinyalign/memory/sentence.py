@@ -125,10 +125,10 @@ def _processors_of(part: Any) -> list[Any]:
 
 def _settings(part: Any) -> Any:
     """Return what decides how a configuration, tokenizer or image processor works, as plain JSON."""
-    if hasattr(part, "backend_tokenizer"):
-        rules = json.loads(part.backend_tokenizer.to_str())
-        rules.update(padding=part.padding_side, truncation=part.truncation_side)  # the lengths are set at every call
-        return rules
+    core = getattr(part, "backend_tokenizer", part)
+    if hasattr(core, "to_str"):
+        sides = {name: getattr(part, f"{name}_side", None) for name in ("padding", "truncation")}
+        return {**json.loads(core.to_str()), **sides}  # the lengths are set at every call
     for ask in ("to_diff_dict", "to_dict"):
         if hasattr(part, ask):
             return _plain(_lasting(getattr(part, ask)()))
