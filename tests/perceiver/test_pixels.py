@@ -174,6 +174,24 @@ def test_the_fingerprint_sees_weights_heads_and_blocks():
     assert FoldedPixelPerceiver(kinds[0]).fingerprint() == FoldedPixelPerceiver(small_pixels()).fingerprint()
 
 
+def test_the_fingerprint_of_a_fold_is_that_of_its_weights_however_they_were_rounded():
+    pixels = small_pixels()
+    folded, elsewhere = FoldedPixelPerceiver(pixels), FoldedPixelPerceiver(small_pixels(), chunk=3)
+    for constant in elsewhere.buffers():
+        constant += 1e-7  # as another machine might
+    assert elsewhere.fingerprint() == folded.fingerprint() != pixels.fingerprint()
+    kinds = {folded.fingerprint()}
+    for part in ("pixel_projection", "position_projection", "encoder.cross_attention.key"):
+        changed = small_pixels()
+        with torch.no_grad():
+            changed.get_submodule(part).weight[0, 0] += 1e-3
+        kinds.add(FoldedPixelPerceiver(changed).fingerprint())
+    assert len(kinds) == 4
+    with torch.no_grad():
+        folded.encoder.latents += 1e-3  # a shared weight that changes later
+    assert folded.fingerprint() not in kinds
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_the_library_calls_it_as_any_compressor(fold):
     pixels = FoldedPixelPerceiver(small_pixels()) if fold else small_pixels()

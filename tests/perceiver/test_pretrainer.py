@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -252,7 +253,7 @@ def test_a_sample_of_patches_estimates_the_whole_loss():
     torch.testing.assert_close(sampled.eval()(image, text).image_loss, whole.eval()(image, text).image_loss)
 
 
-@pytest.mark.parametrize("num_patches", [9, 10, 40])
+@pytest.mark.parametrize("num_patches", [9, 10, np.int64(40)])
 def test_asking_for_as_many_patches_as_there_are_takes_all(num_patches):
     image, text = example()
     expected = build()(image, text).image_loss
@@ -362,6 +363,7 @@ def test_a_first_batch_without_patches_leaves_the_scale_to_a_later_one(rows, kep
         ({"mixed_captions": 1.5}, r"mixed_captions must lie in \[0, 1\], got 1.5"),
         ({"num_patches": 0}, "num_patches must be an integer of at least 1, got 0"),
         ({"num_patches": 1.5}, "num_patches must be an integer of at least 1, got 1.5"),
+        ({"num_patches": True}, "num_patches must be an integer of at least 1, got True"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):

@@ -26,7 +26,7 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
 
 
 def save(module: nn.Module, config: Mapping[str, Any], path: Path) -> None:
-    """Write both files into a fresh directory that then takes the place of `path`."""
+    """Write both files in one step; other files of the directory stay."""
     from safetensors.torch import save_file
 
     with replace_directory(path) as fresh:

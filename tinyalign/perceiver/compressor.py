@@ -295,7 +295,7 @@ class PerceiverCompressor(nn.Module):
         return checkpoint.fingerprint(self, self.config())
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a directory that is replaced as a whole."""
+        """Write ``config.json`` and ``model.safetensors``, both in one step; other files in the directory stay."""
         checkpoint.save(self, self.config(), Path(path))
 
     @classmethod

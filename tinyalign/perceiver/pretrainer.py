@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,9 +131,10 @@ class PerceiverPretrainer(nn.Module):
                 f"PerceiverPretrainer: mixed_captions must lie in [0, 1], got {mixed_captions}. Give the share of rows "
                 "whose words are drawn from the whole batch."
             )
-        if num_patches is not None and (not isinstance(num_patches, int) or num_patches < 1):
+        whole = isinstance(num_patches, (int, np.integer)) and not isinstance(num_patches, bool)
+        if num_patches is not None and (not whole or num_patches < 1):
             raise ValueError(
-                f"PerceiverPretrainer: num_patches must be an integer of at least 1, got {num_patches}. Use "
+                f"PerceiverPretrainer: num_patches must be an integer of at least 1, got {num_patches!r}. Use "
                 "LossWeights(image=0) to leave the image out."
             )
         self.compressor = compressor
