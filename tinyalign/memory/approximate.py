@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.exclusion import Banned
+from tinyalign.memory.inputs import is_whole
 from tinyalign.memory.rows import RowTable
 from tinyalign.memory.search import SPARE, TopRows, rescored
 
@@ -34,7 +35,7 @@ class FaissIndex:
     def __init__(self, table: RowTable, factory: str, candidates: int, parameters: dict[str, float]) -> None:
         import faiss
 
-        if isinstance(candidates, bool) or not isinstance(candidates, (int, np.integer)) or candidates < 0:
+        if not is_whole(candidates) or candidates < 0:
             where, found = "MemoryBank.build_index", repr(candidates)
             raise ValueError(f"{where}: candidates must be an integer from 0, got {found}. Leave it out for k + 8.")
         self.version, self.factory, self.candidates = table.version, factory, candidates

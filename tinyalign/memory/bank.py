@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyalign.memory import copying, retrieval, saving
+from tinyalign.memory import copying, inputs, retrieval, saving
 from tinyalign.memory.approximate import FaissIndex
 from tinyalign.memory.contents import Contents, spec_for
 from tinyalign.memory.errors import BankError
@@ -72,7 +72,7 @@ class MemoryBank:
         return len(self._contents.table)
 
     def __contains__(self, entry_id: object) -> bool:
-        if isinstance(entry_id, bool) or not isinstance(entry_id, (int, np.integer)):
+        if not inputs.is_whole(entry_id):
             return False
         return bool(self._contents.table.find(np.asarray([entry_id], dtype=np.int64))[0] >= 0)
 

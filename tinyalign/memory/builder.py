@@ -40,8 +40,8 @@ def build_memory_bank(
     Finished blocks are kept beside ``path`` until the end, so that a killed build continues where it was; those of
     another plan are refused, unless their bank was published before the kill, and so are those of another encoder: one
     finished batch is encoded again and compared. A bank that stands at ``path`` stays in use until the new one replaces
-    it in one step. Under ``torchrun`` or ``accelerate launch`` each rank encodes its
-    share of the batches and rank 0 joins them in order: the same bank as from one process.
+    it in one step. Under ``torchrun`` or ``accelerate launch`` each rank encodes its share of the batches and rank 0
+    joins them in order: the same bank as from one process.
 
     Args:
         records: anything with a length and ``[index]``, such as a dataset of samples.

@@ -84,19 +84,15 @@ def spec_for(
 ) -> BankSpec:
     """Return the checked spec of a new bank; with a transform, keys are stored as wide as it makes them."""
     shape = tuple(value_shape) if isinstance(value_shape, Iterable) else None
-    if not _whole(key_dim):
+    if not inputs.is_whole(key_dim):
         raise ValueError(f"MemoryBank: key_dim must be an integer, got {key_dim!r}. Give the width of the keys.")
-    if shape is None or not all(map(_whole, shape)):
+    if shape is None or not all(map(inputs.is_whole, shape)):
         raise ValueError(f"MemoryBank: value_shape must be integers, got {value_shape!r}. Give (L, D).")
     if transform is not None and transform.input_dim != key_dim:
         found = transform.input_dim
         raise ValueError(f"MemoryBank: transform must take keys of width {key_dim}, got {found}. Fit it to those.")
     width = int(key_dim) if transform is None else transform.output_dim
     return BankSpec(width, tuple(int(size) for size in shape), metric, key_dtype, value_dtype)
-
-
-def _whole(number: object) -> bool:
-    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 class Contents:

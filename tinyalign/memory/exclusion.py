@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyalign.memory.inputs import is_whole
 from tinyalign.memory.rows import RowTable
 
 
@@ -47,7 +48,7 @@ def _from_lists(exclude: Iterable[Any], caller: str, name: str) -> np.ndarray:
     rows = [r if isinstance(r, list) else [r] for r in rows]
     for row in rows:
         for entry in row:
-            if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)):
+            if not is_whole(entry):
                 raise TypeError(f"{caller}: {name} must hold integers, got {entry!r}. Pass the ids given to add().")
     table = np.full((len(rows), max((len(r) for r in rows), default=0)), -1, dtype=np.int64)
     for at, row in enumerate(rows):

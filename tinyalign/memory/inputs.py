@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -158,3 +158,8 @@ def as_flags(where: Any) -> Tensor | None:
         return torch.as_tensor(where)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def is_whole(number: object) -> TypeGuard[int]:
+    """Say whether something is an integer, Python's or NumPy's, and no bool."""
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

@@ -100,7 +100,7 @@ class MilvusMemoryBank:
         return self._collection.count()
 
     def __contains__(self, entry_id: object) -> bool:
-        if isinstance(entry_id, bool) or not isinstance(entry_id, (int, np.integer)):
+        if not inputs.is_whole(entry_id):
             return False
         return bool(self._collection.present([int(entry_id)]))
 
@@ -215,7 +215,7 @@ class MilvusMemoryBank:
         caller = f"{CALLER}.search"
         if fingerprint is not None:
             require_match(self.fingerprint, fingerprint, caller, "key.")
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k <= MOST_RESULTS:
+        if not inputs.is_whole(k) or not 0 <= k <= MOST_RESULTS:
             raise ValueError(f"{caller}: k must be an integer from 0 to {MOST_RESULTS}, got {k!r}. Ask for that many.")
         k = int(k)
         checked = self._projected(queries, caller)

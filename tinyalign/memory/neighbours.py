@@ -15,7 +15,7 @@ from torch import Tensor
 from tinyalign._files import replace_directory, write_json
 from tinyalign.memory.blockfile import bad_blocks, map_file, read_file, tensor_bytes, write_blocks
 from tinyalign.memory.errors import BankCorruptedError, BankError, FingerprintMismatch, UnknownIdError
-from tinyalign.memory.inputs import int_vector, query_ids
+from tinyalign.memory.inputs import int_vector, is_whole, query_ids
 from tinyalign.memory.manifest import FileEntry
 from tinyalign.memory.milvus import AnyBank
 from tinyalign.memory.retrieval import Neighbours
@@ -186,7 +186,7 @@ def precompute_neighbours(
         True
     """
     where = "precompute_neighbours"
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ValueError(f"{where}: k must be positive, got {k!r}. Ask for at least one neighbour.")
     if batch_size < 1:
         raise ValueError(f"{where}: batch_size must be positive, got {batch_size}. Pass at least 1.")

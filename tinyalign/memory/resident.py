@@ -13,6 +13,7 @@ from tinyalign.memory.contents import Contents
 from tinyalign.memory.errors import BankError
 from tinyalign.memory.exclusion import padded_ids
 from tinyalign.memory.fingerprint import require_match
+from tinyalign.memory.inputs import is_whole
 from tinyalign.memory.retrieval import Hits, Neighbours
 from tinyalign.memory.search import SPARE
 
@@ -124,7 +125,7 @@ class ResidentBank:
         """Return the k best entries of each query without their values."""
         if fingerprint is not None:
             require_match(self.fingerprint, fingerprint, CALLER, "key.")
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
+        if not is_whole(k) or k < 0:
             raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
         k = int(k)
         if isinstance(queries, np.ndarray):

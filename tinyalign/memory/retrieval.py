@@ -95,7 +95,7 @@ METHODS = ("exact", "certified", "approximate")
 
 def checked_queries(contents: Contents, queries: Any, k: Any) -> Tensor:
     """Return queries (B, D) on the CPU as float32, of unit length for cosine."""
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
+    if not inputs.is_whole(k) or k < 0:
         raise ValueError(f"{CALLER}: k must be an integer from 0, got {k!r}. Ask for that many neighbours.")
     checked = inputs.float_rows(queries, (contents.input_dim,), CALLER, "queries")
     if not len(contents.table):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from tinyalign.memory.inputs import finite_rows, float_rows, normalised
+from tinyalign.memory.inputs import finite_rows, float_rows, is_whole, normalised
 from tinyalign.memory.manifest import METRICS
 
 
@@ -82,8 +81,7 @@ class KeyTransform:
             raise ValueError(f"{where}: keys must have shape (M, D), got {tuple(keys.shape)}. Pass a sample of keys.")
         if metric not in METRICS:
             raise ValueError(f"{where}: metric must be 'cosine' or 'ip', got {metric!r}. Pass that of the bank.")
-        whole = isinstance(dim, (int, np.integer)) and not isinstance(dim, bool)
-        if dim is not None and (not whole or not 1 <= dim <= keys.shape[1]):
+        if dim is not None and (not is_whole(dim) or not 1 <= dim <= keys.shape[1]):
             raise ValueError(f"{where}: dim must be from 1 to {keys.shape[1]}, got {dim}. Keep that many directions.")
         sample = finite_rows(float_rows(keys, (keys.shape[1],), where, "keys"), where, "keys")
         sample = (normalised(sample, where, "keys") if metric == "cosine" else sample).to(torch.float64)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyalign.theory._input import column_generator
+from tinyalign.theory.rounding import nearer_gaps
 
 __all__ = ["constant_warning", "shared_warning", "untied"]
 
@@ -47,9 +48,7 @@ def untied(p: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray, tuple[
         apart = np.diff(values, prepend=-np.inf) > _SAME * ((high - low) or values[-1] - values[0])
         group = (np.cumsum(apart) - 1)[place.reshape(-1)]
         values, counts = values[apart], np.bincount(group)
-        steps = np.diff(values)
-        gaps = np.minimum(np.append(steps, steps[-1]), np.append(steps[0], steps))
-        reach = np.where(counts > 1, gaps, 0.0)[group]
+        reach = np.where(counts > 1, nearer_gaps(values), 0.0)[group]
         both[:, column] = values[group] + reach * column_generator(both[:, column]).uniform(-0.5, 0.5, len(both))
         rounded += any(len(np.unique(side)) < (1 - _TIED) * len(side) for side in np.split(group, [len(p)]))
     if not rounded:

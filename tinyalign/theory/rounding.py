@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tinyalign.theory._input import column_generator
 
-__all__ = ["Spread", "copied", "spread_rounding"]
+__all__ = ["Spread", "copied", "nearer_gaps", "spread_rounding"]
 
 FloatArray = NDArray[np.float64]
 _SEEN = 2000  # rows that are screened
@@ -70,12 +70,16 @@ def spread_rounding(x: FloatArray) -> Spread:
         light = (counts > 1) & ~heavy
         atoms += few or bool(heavy.any())
         if light.any() and not few:
-            gaps = np.diff(distinct)
-            gaps = np.minimum(np.append(gaps, gaps[-1]), np.append(gaps[0], gaps))
-            reach = np.where(light, gaps, 0.0)[place]
+            reach = np.where(light, nearer_gaps(distinct), 0.0)[place]
             values[:, column] += reach * column_generator(x[:, column]).uniform(-0.5, 0.5, n)
             rounded += 1
     return Spread(values, rounded, atoms)
+
+
+def nearer_gaps(values: FloatArray) -> FloatArray:
+    """Return how far each of two or more ascending values lies from the nearer of its neighbours, (n,)."""
+    steps = np.diff(values)
+    return np.asarray(np.minimum(np.append(steps, steps[-1]), np.append(steps[0], steps)))
 
 
 def copied(x: FloatArray, y: FloatArray) -> float:
